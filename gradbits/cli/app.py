@@ -1,0 +1,41 @@
+"""The command line's root: which verbs there are, and how errors look."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import typer
+
+from gradbits.core.errors import GradbitsError
+
+# verb -> module of gradbits.cli that holds a function of the same name
+VERBS: dict[str, str] = {
+    "doctor": "doctor",
+    "recipes": "recipes",
+}
+
+
+def build() -> typer.Typer:
+    """Return the application with every verb."""
+    app = typer.Typer(
+        name="gradbits",
+        help="Low-bit training for PyTorch: weights, activations and gradients in few bits.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    for verb, module in VERBS.items():
+        app.command(verb)(getattr(import_module(f"gradbits.cli.{module}"), verb))
+    return app
+
+
+def run() -> None:
+    """Run the application; a ``GradbitsError`` is the user's to mend, so it is shown as one line."""
+    try:
+        build()()
+    except GradbitsError as error:
+        message = " ".join(str(error).split())
+        print(f"gradbits: error: {message}", file=sys.stderr)
+        sys.exit(2)

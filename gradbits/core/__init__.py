@@ -1,0 +1,1 @@
+"""Integers with scales: QTensor, grains, noise, errors. Everything else stands on this package."""

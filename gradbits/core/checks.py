@@ -1,0 +1,88 @@
+"""Argument checks with one voice: name the argument, show the value, say what is legal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from gradbits.core.errors import ArgumentError, DtypeError
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_integer(value: Any, name: str, low: int, high: int | None = None) -> int:
+    """Return ``value`` if it is an integer (not a bool) in ``[low, high]``; ``high=None`` means no upper limit."""
+    legal = f"an integer from {low} to {high}" if high is not None else f"an integer of at least {low}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise DtypeError(f"{name}={value!r}: must be {legal}")
+    if value < low or (high is not None and value > high):
+        raise ArgumentError(f"{name}={value!r}: must be {legal}")
+    return value
+
+
+def check_bits(value: Any, name: str = "bits", low: int = 2, high: int = 8) -> int:
+    """Return ``value`` if it is a legal number of bits.
+
+    Raises:
+        ArgumentError: out of range, or not an integer (``True`` is not a number of bits).
+
+    >>> check_bits(4)
+    4
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ArgumentError(f"{name}={value!r}: must be an integer from {low} to {high}")
+    return value
+
+
+def check_choice(value: Any, name: str, choices: Iterable[str]) -> str:
+    """Return ``value`` if it is one of ``choices``.
+
+    >>> check_choice("nearest", "rounding", ("nearest", "stochastic"))
+    'nearest'
+    """
+    options = tuple(choices)
+    if value not in options:
+        raise ArgumentError(f"{name}={value!r}: must be one of {', '.join(map(repr, options))}")
+    return str(value)
+
+
+def check_number(
+    value: Any, name: str, low: float, high: float = float("inf"), *, open_low: bool = False, open_high: bool = False
+) -> float:
+    """Return ``value`` as a float if it is a finite number in the interval; open ends are excluded."""
+    left, right = ("(" if open_low else "["), (")" if open_high or high == float("inf") else "]")
+    legal = f"a number in {left}{low:g}, {high:g}{right}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise DtypeError(f"{name}={value!r}: must be {legal}")
+    inside = (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
+    if not inside or value in (float("inf"), float("-inf")):  # NaN fails the comparisons
+        raise ArgumentError(f"{name}={value!r}: must be {legal}")
+    return float(value)
+
+
+def check_float_tensor(value: Any, name: str) -> torch.Tensor:
+    """Return ``value`` if it is a real floating-point tensor.
+
+    Raises:
+        DtypeError: not a tensor, or of an integer, bool, complex or quantized dtype.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise DtypeError(f"{name}: must be a floating-point tensor, not {type(value).__name__}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise DtypeError(f"{name}: dtype {value.dtype} is not supported; use one of {', '.join(map(str, FLOAT_DTYPES))}")
+    return value
+
+
+def check_axis(axis: Any, name: str, dim: int) -> int:
+    """Return ``axis`` counted from the front; a negative one counts from the back as in PyTorch.
+
+    >>> check_axis(-1, "axis", 3)
+    2
+    """
+    if isinstance(axis, bool) or not isinstance(axis, int):
+        raise DtypeError(f"{name}={axis!r}: must be an integer")
+    if not -dim <= axis < dim:
+        raise ArgumentError(f"{name}={axis}: a tensor of {dim} dimensions has axes {-dim} to {dim - 1}")
+    return axis % dim

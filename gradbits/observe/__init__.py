@@ -1,0 +1,1 @@
+"""What a quantized run does: saved bytes, gradient bits, statistics, plots."""

@@ -1,0 +1,1 @@
+"""Grids, range rules, rounding, estimators, and how they compose into a quantizer."""

@@ -1,0 +1,1 @@
+"""Models on disk in few bits: pruning, weight sharing, the compressed container."""

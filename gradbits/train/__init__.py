@@ -1,0 +1,1 @@
+"""The reference runs behind ``gradbits train``: data sets, small models, the loop."""
