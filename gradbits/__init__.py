@@ -1,3 +1,21 @@
 """gradbits: low-bit training for PyTorch."""
 
+from gradbits import nn, optim, quantizers
+from gradbits.core.qtensor import QTensor
+from gradbits.nn import Report, dequantize_, quantize_, report
+from gradbits.recipes import Recipe, recipe, recipes
+
 __version__ = "0.1.0"
+__all__ = [
+    "QTensor",
+    "Recipe",
+    "Report",
+    "dequantize_",
+    "nn",
+    "optim",
+    "quantize_",
+    "quantizers",
+    "recipe",
+    "recipes",
+    "report",
+]

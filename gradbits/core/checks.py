@@ -71,7 +71,8 @@ def check_float_tensor(value: Any, name: str) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise DtypeError(f"{name}: must be a floating-point tensor, not {type(value).__name__}")
     if value.dtype not in FLOAT_DTYPES:
-        raise DtypeError(f"{name}: dtype {value.dtype} is not supported; use one of {', '.join(map(str, FLOAT_DTYPES))}")
+        legal = ", ".join(map(str, FLOAT_DTYPES))
+        raise DtypeError(f"{name}: dtype {value.dtype} is not supported; use one of {legal}")
     return value
 
 

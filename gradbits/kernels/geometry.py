@@ -1,0 +1,145 @@
+"""The shape of a convolution, and the views that turn it into matrix products."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+
+Ints = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """Stride, padding, dilation and groups of a convolution, one entry per spatial dimension, and its sizes.
+
+    Args:
+        stride, padding, dilation: one integer per spatial dimension.
+        groups: number of groups.
+        input_size: spatial size of the input.
+        kernel_size: spatial size of the weight.
+    """
+
+    stride: Ints
+    padding: Ints
+    dilation: Ints
+    groups: int
+    input_size: Ints
+    kernel_size: Ints
+
+    @property
+    def spatial(self) -> int:
+        """Number of spatial dimensions."""
+        return len(self.stride)
+
+    @property
+    def output_size(self) -> Ints:
+        """Spatial size of the output."""
+        return tuple(
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, k, s, p, d in zip(
+                self.input_size, self.kernel_size, self.stride, self.padding, self.dilation, strict=True
+            )
+        )
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` [N, C, *spatial] as a contiguous [N, *spatial, C]; no copy where memory is in that order."""
+    return x.movedim(1, -1).contiguous()
+
+
+def channels_first(x: torch.Tensor) -> torch.Tensor:
+    """Return the [N, C, *spatial] view of ``x`` [N, *spatial, C]; memory stays channels-last."""
+    return x.movedim(-1, 1)
+
+
+def pad_spatial(x: torch.Tensor, low: Ints, high: Ints) -> torch.Tensor:
+    """Pad (or crop, where negative) ``x`` [N, *spatial, C] with zeros."""
+    if not any(low) and not any(high):
+        return x
+    widths = [0, 0]
+    for a, b in zip(reversed(low), reversed(high), strict=True):
+        widths += [a, b]
+    return F.pad(x, widths)
+
+
+def patches(x: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
+    """Return the strided view [N, *output, *kernel, C] of the padded channels-last input ``x`` [N, *spatial, C]."""
+    strides = x.stride()[1:-1]
+    outer = [st * s for st, s in zip(strides, geometry.stride, strict=True)]
+    inner = [st * d for st, d in zip(strides, geometry.dilation, strict=True)]
+    size = (x.shape[0], *geometry.output_size, *geometry.kernel_size, x.shape[-1])
+    return x.as_strided(size, (x.stride(0), *outer, *inner, x.stride(-1)), x.storage_offset())
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stride-1 convolution of the gradient that gives every stride-th position of ``grad_input``.
+
+    Args:
+        positions: which input positions, a slice per spatial dimension.
+        taps: which kernel taps they meet, a slice per spatial dimension.
+        low, high: padding of the gradient (negative: cropping).
+        dilation: spacing of the taps in the gradient.
+    """
+
+    positions: tuple[slice, ...]
+    taps: tuple[slice, ...]
+    low: Ints
+    high: Ints
+    dilation: Ints
+
+
+def grad_input_phases(geometry: ConvGeometry) -> list[Phase]:
+    """Return the convolutions that together give ``grad_input``; positions that no tap meets are in none of them.
+
+    Input position h meets output j through tap k where h + p = s j + d k. For h = r mod s the taps are
+    k0, k0 + s/e, ... with e = gcd(d, s), and the next tap lies d/e outputs further: no zeros need to be stuffed
+    between the gradient's elements, and no product is wasted on them.
+    """
+    per_dim: list[list[tuple[slice, slice, int, int, int]]] = []
+    for n, o, k, s, p, d in zip(
+        geometry.input_size,
+        geometry.output_size,
+        geometry.kernel_size,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        strict=True,
+    ):
+        e = math.gcd(d, s)
+        choices = []
+        for r in range(min(s, n)):
+            first = next((t for t in range(min(s // e, k)) if (r + p - t * d) % s == 0), None)
+            if first is None:
+                continue
+            taps = len(range(first, k, s // e))
+            count = len(range(r, n, s))
+            shift = (r + p - first * d) // s
+            low, high = (taps - 1) * (d // e) - shift, count - 1 + shift - (o - 1)
+            choices.append((slice(r, None, s), slice(first, None, s // e), low, high, d // e))
+        per_dim.append(choices)
+    return [Phase(*(tuple(column) for column in zip(*combination, strict=True))) for combination in product(*per_dim)]
+
+
+def phase_weight(w: torch.Tensor, phase: Phase, groups: int) -> torch.Tensor:
+    """Return the phase's weight [Ci, Co/groups, *taps]: the taps picked, channels swapped within groups, flipped."""
+    where = (slice(None), slice(None), *phase.taps)
+    w = w[where]
+    co, ci = w.shape[0], w.shape[1]
+    w = w.reshape(groups, co // groups, ci, *w.shape[2:]).transpose(1, 2)
+    w = w.reshape(groups * ci, co // groups, *w.shape[3:])
+    return w.flip(tuple(range(2, w.dim()))).contiguous()
+
+
+def terms_of(op: str, geometry: ConvGeometry, batch: int, w_shape: torch.Size) -> int:
+    """Return how many products one sum of the operation has."""
+    taps = math.prod(geometry.kernel_size)
+    if op == "conv_output":
+        return taps * w_shape[1]
+    if op == "conv_grad_input":
+        return taps * (w_shape[0] // geometry.groups)
+    return batch * math.prod(geometry.output_size)

@@ -1,0 +1,168 @@
+"""Integer products on any device with torch operations: int8 codes, int32 sums, contractions split before overflow."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+
+from gradbits.kernels.dispatch import INT32_TERMS, Epilogue, Kernel, Request
+from gradbits.kernels.geometry import (
+    ConvGeometry,
+    channels_first,
+    channels_last,
+    grad_input_phases,
+    pad_spatial,
+    patches,
+    phase_weight,
+)
+
+PATCH_BYTES = 1 << 23  # patches of a convolution are built in pieces that stay in the cache
+
+
+@lru_cache(maxsize=8)
+def int_mm_is_exact(device: str) -> bool:
+    """Whether ``torch._int_mm`` survives the worst case: processors without int8 dot products may saturate."""
+    try:
+        a = torch.full((32, 64), 127, dtype=torch.int8, device=device)
+        b = torch.full((64, 32), 127, dtype=torch.int8, device=device)
+        b[:, ::2] = -127
+        return torch.equal(torch._int_mm(a, b).cpu(), (a.cpu().int() @ b.cpu().int()))
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+def int_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return the exact integer product of int8 ``a`` [M, K] and ``b`` [K, N]: int32 where it fits, else int64.
+
+    >>> a = torch.full((1, 200_000), 127, dtype=torch.int8)
+    >>> int_product(a, a.t()).item() == 127 * 127 * 200_000
+    True
+    """
+    m, k, n = a.shape[0], a.shape[1], b.shape[1]
+    if 0 in (m, k, n):
+        return torch.zeros(m, n, dtype=torch.int32, device=a.device)
+    if k <= INT32_TERMS:
+        return _int_product32(a, b)
+    total = torch.zeros(m, n, dtype=torch.int64, device=a.device)
+    for start in range(0, k, INT32_TERMS):
+        total += _int_product32(a[:, start : start + INT32_TERMS], b[start : start + INT32_TERMS])
+    return total
+
+
+def _int_product32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if not int_mm_is_exact(a.device.type):
+        return a.int() @ b.int() if a.device.type == "cpu" else (a.double() @ b.double()).to(torch.int32)
+    if a.device.type == "cpu":
+        return torch._int_mm(_regular(a), _regular(b))
+    # cuBLASLt wants more than 16 rows and multiples of 8
+    m, k, n = a.shape[0], a.shape[1], b.shape[1]
+    rows, inner, columns = max(m, 24), k + -k % 8, n + -n % 8
+    if (rows, inner, columns) != (m, k, n):
+        a = torch.nn.functional.pad(a, (0, inner - k, 0, rows - m))
+        b = torch.nn.functional.pad(b, (0, columns - n, 0, inner - k))
+    return torch._int_mm(a.contiguous(), b.contiguous())[:m, :n]
+
+
+def _regular(x: torch.Tensor) -> torch.Tensor:
+    """Give axes of size 1 their ordinary strides: ``_int_mm`` on CPU is silently wrong with others (torch 195066)."""
+    return x.reshape(-1).view(x.shape) if 1 in x.shape else x
+
+
+def matmul(a: torch.Tensor, b: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
+    """Return the product of codes ``a`` [..., M, K] and ``b`` [..., K, N]; leading axes are equal."""
+    if a.dim() == 2:
+        return epilogue.apply_(int_product(a, b))
+    lead = a.shape[:-2]
+    parts = [
+        int_product(x, y) for x, y in zip(a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:]), strict=True)
+    ]
+    if not parts:
+        parts_tensor = torch.zeros(0, a.shape[-2], b.shape[-1], dtype=torch.int32, device=a.device)
+    else:
+        parts_tensor = torch.stack(parts)
+    return epilogue.apply_(parts_tensor.reshape(*lead, a.shape[-2], b.shape[-1]))
+
+
+def _batches(count: int, bytes_each: int, rows_each: int = 1) -> int:
+    """Return how many samples one piece takes: small enough for the cache and for an int32 sum."""
+    return max(1, min(count, PATCH_BYTES // max(bytes_each, 1), INT32_TERMS // max(rows_each, 1)))
+
+
+def _taps_last(w: torch.Tensor) -> torch.Tensor:
+    """Return a weight [Co, Ci, *kernel] as the matrix [Co, prod(kernel) * Ci] whose columns match ``patches``."""
+    return channels_last(w).reshape(w.shape[0], -1)
+
+
+def _conv_sum(x: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
+    """Return the exact sums [N, *output, Co] for padded channels-last codes ``x`` [N, *spatial, Ci]."""
+    groups, count = geometry.groups, x.shape[0]
+    output = geometry.output_size
+    ci, co = x.shape[-1] // groups, w.shape[0] // groups
+    width = math.prod(geometry.kernel_size) * ci
+    dtype = torch.int32 if width <= INT32_TERMS else torch.int64
+    total = torch.empty(count, *output, w.shape[0], dtype=dtype, device=x.device)
+    step = _batches(count, math.prod(output) * width)
+    for group in range(groups):
+        matrix = _taps_last(w[group * co : (group + 1) * co]).t()
+        view = patches(x[..., group * ci : (group + 1) * ci], geometry)
+        for start in range(0, count, step):
+            rows = view[start : start + step].reshape(-1, width).contiguous()  # never an overlapping view
+            part = int_product(rows, matrix).view(-1, *output, co)
+            total[start : start + step, ..., group * co : (group + 1) * co] = part
+    return total
+
+
+def conv_output(x: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry, epilogue: Epilogue) -> torch.Tensor:
+    """Return the convolution of codes ``x`` [N, Ci, *] and ``w`` [Co, Ci/groups, *]."""
+    padded = pad_spatial(channels_last(x), geometry.padding, geometry.padding)
+    return epilogue.apply_(channels_first(_conv_sum(padded, w, geometry)))
+
+
+def conv_grad_input(grad: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry, epilogue: Epilogue) -> torch.Tensor:
+    """Return the gradient of the input from codes ``grad`` [N, Co, *] and ``w`` [Co, Ci/groups, *]."""
+    g = geometry
+    rows = channels_last(grad)
+    dtype = torch.int32 if math.prod(g.kernel_size) * (w.shape[0] // g.groups) <= INT32_TERMS else torch.int64
+    total = torch.zeros(rows.shape[0], *g.input_size, w.shape[1] * g.groups, dtype=dtype, device=grad.device)
+    ones, zeros = (1,) * g.spatial, (0,) * g.spatial
+    for phase in grad_input_phases(g):
+        weight = phase_weight(w, phase, g.groups)
+        padded = pad_spatial(rows, phase.low, phase.high)
+        plain = ConvGeometry(
+            ones, zeros, phase.dilation, g.groups, tuple(padded.shape[1:-1]), tuple(weight.shape[2:])
+        )
+        where = (slice(None), *phase.positions)
+        total[where] = _conv_sum(padded, weight, plain).to(dtype)
+    return epilogue.apply_(channels_first(total))
+
+
+def conv_grad_weight(grad: torch.Tensor, x: torch.Tensor, geometry: ConvGeometry, epilogue: Epilogue) -> torch.Tensor:
+    """Return the gradient of the weight from codes ``grad`` [N, Co, *] and ``x`` [N, Ci, *]."""
+    groups, count = geometry.groups, x.shape[0]
+    ci, co = x.shape[1] // groups, grad.shape[1] // groups
+    width, rows = math.prod(geometry.kernel_size) * ci, math.prod(geometry.output_size)
+    padded = pad_spatial(channels_last(x), geometry.padding, geometry.padding)
+    g_rows = channels_last(grad)
+    dtype = torch.int32 if count * rows <= INT32_TERMS else torch.int64
+    total = torch.zeros(groups * co, width, dtype=dtype, device=x.device)
+    step = _batches(count, rows * width, rows)
+    for group in range(groups):
+        view = patches(padded[..., group * ci : (group + 1) * ci], geometry)
+        for start in range(0, count, step):
+            g_part = g_rows[start : start + step, ..., group * co : (group + 1) * co].reshape(-1, co)
+            part = view[start : start + step].reshape(-1, width).contiguous()
+            total[group * co : (group + 1) * co] += int_product(g_part.t(), part)
+    shaped = total.view(groups * co, *geometry.kernel_size, ci)
+    return epilogue.apply_(channels_first(shaped).contiguous())
+
+
+def kernels() -> tuple[Kernel, ...]:
+    """Return the kernels of this backend."""
+
+    def always(request: Request) -> str | None:
+        return None
+
+    ops = (matmul, conv_output, conv_grad_input, conv_grad_weight)
+    return tuple(Kernel(f.__name__, "torch", f, always) for f in ops)

@@ -1,0 +1,7 @@
+"""Quantized layers, and the calls that put them into a model."""
+
+from gradbits.nn.convert import dequantize_, quantize_
+from gradbits.nn.matmul import Matmul
+from gradbits.nn.report import Report, report
+
+__all__ = ["Matmul", "Report", "dequantize_", "quantize_", "report"]

@@ -1,0 +1,187 @@
+"""``quantize_`` and ``dequantize_``: layers change their class in place, everything that refers to them stays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from gradbits.core.checks import check_choice
+from gradbits.core.errors import ArgumentError, DtypeError, FallbackError, NothingToQuantizeError
+from gradbits.kernels.dispatch import COMPUTE
+from gradbits.nn.function import ON_NONFINITE
+from gradbits.nn.layers import QUANTIZED_CLASSES, Assignment, Quantized, init_states, spatial_example
+from gradbits.nn.matmul import Matmul
+from gradbits.nn.report import Report, named_layers, report, why_not_supported
+from gradbits.recipes import Recipe, recipe
+
+Rules = str | Recipe | Mapping[str, "str | Recipe | None"]
+
+
+def quantize_(
+    model: nn.Module,
+    rules: Rules,
+    *,
+    compute: str = "auto",
+    strict: bool = False,
+    on_nonfinite: str = "propagate",
+) -> Report:
+    """Make the layers of ``model`` follow a recipe; parameters keep their names, shapes and dtypes.
+
+    Calling it again with the same rules changes nothing; with others, the layers follow the new ones.
+
+    Args:
+        model: changed in place.
+        rules: a recipe, its name, or rules from name patterns to recipes: ``{"*.head": None, "*": "int8_dynamic"}``.
+            The first pattern that matches a layer's name decides, None leaves it in float.
+        compute: ``"integer"`` multiplies integers, ``"simulate"`` the same codes in float64, ``"auto"`` takes the
+            faster; the results are equal bit for bit.
+        strict: whether a layer that could not follow its recipe is an error.
+        on_nonfinite: what a NaN or Inf in an operand does: ``"propagate"`` to the result, ``"raise"``, or ``"skip"``
+            (a gradient that is not finite gives zero gradients, with a warning). States stay untouched in any case.
+
+    Returns:
+        What was quantized and what was not, with reasons; ``report(model)`` gives the same later.
+
+    Raises:
+        NothingToQuantizeError: no layer would be quantized.
+        FallbackError: with ``strict``, a layer was left in float that the rules do not name None and the recipe does
+            not keep.
+        ArgumentError: an unknown recipe, a pattern that is no string, an illegal option.
+
+    >>> net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> len(quantize_(net, {"2": None, "*": "int8_dynamic"}).quantized)
+    1
+    """
+    if not isinstance(model, nn.Module):
+        raise DtypeError(f"model: must be a torch.nn.Module, not {type(model).__name__}")
+    check_choice(compute, "compute", COMPUTE)
+    check_choice(on_nonfinite, "on_nonfinite", ON_NONFINITE)
+    patterns = _patterns(rules)
+    layers = list(named_layers(model))
+    roles = _roles(layers)
+    plan: list[tuple[str, nn.Module, Recipe | None, str, bool]] = []
+    for name, module in layers:
+        wanted, pattern = _match(name, patterns)
+        chosen, reason, fell_back = _decide(module, wanted, roles.get(name, ()), pattern)
+        plan.append((name, module, chosen, reason, fell_back))
+    if not any(chosen for _, _, chosen, _, _ in plan):
+        why = "; ".join(f"{name or '(root)'}: {reason}" for name, _, _, reason, _ in plan[:8])
+        asked = {p: r.name if r is not None else None for p, r in patterns}
+        raise NothingToQuantizeError(f"rules={asked!r} would quantize no layer. {why or 'The model has no layers.'}")
+    fallen = [(name, reason) for name, _, _, reason, fell_back in plan if fell_back]
+    if strict and fallen:
+        raise FallbackError("strict=True: " + "; ".join(f"{name}: {reason}" for name, reason in fallen))
+    for name, module, chosen, reason, _ in plan:
+        if chosen is None:
+            _to_float(module)
+            module._gradbits_reason = reason  # type: ignore[assignment]
+        else:
+            _assign(module, name, chosen, compute, on_nonfinite)
+    return report(model)
+
+
+def dequantize_(model: nn.Module) -> None:
+    """Turn every quantized layer of ``model`` back into its float class; quantizer states are dropped.
+
+    >>> net = nn.Linear(4, 4)
+    >>> _ = quantize_(net, "int8_dynamic"); dequantize_(net); type(net).__name__
+    'Linear'
+    """
+    for module in model.modules():
+        _to_float(module)
+
+
+def _patterns(rules: Rules) -> list[tuple[str, Recipe | None]]:
+    if isinstance(rules, (str, Recipe)):
+        rules = {"*": rules}
+    if not isinstance(rules, Mapping):
+        raise DtypeError(f"rules={rules!r}: must be a recipe, its name, or a dict from name patterns to those or None")
+    result: list[tuple[str, Recipe | None]] = []
+    for pattern, value in rules.items():
+        if not isinstance(pattern, str):
+            raise ArgumentError(f"rules: pattern {pattern!r} must be a string such as 'layers.0.*'")
+        if value is not None and not isinstance(value, (str, Recipe)):
+            raise DtypeError(f"rules[{pattern!r}]={value!r}: must be a recipe, its name, or None")
+        result.append((pattern, recipe(value) if isinstance(value, str) else value))
+    return result
+
+
+def _match(name: str, patterns: list[tuple[str, Recipe | None]]) -> tuple[Recipe | None, str | None]:
+    for pattern, value in patterns:
+        if fnmatchcase(name, pattern):
+            return value, pattern
+    return None, None
+
+
+def _roles(layers: list[tuple[str, nn.Module]]) -> dict[str, tuple[str, ...]]:
+    """Return which layers are the first convolution and the last linear layer."""
+    convs = [name for name, m in layers if isinstance(m, nn.modules.conv._ConvNd)]
+    linears = [name for name, m in layers if isinstance(m, nn.Linear)]
+    roles: dict[str, tuple[str, ...]] = {}
+    if convs:
+        roles[convs[0]] = ("first_conv",)
+    if linears:
+        roles[linears[-1]] = (*roles.get(linears[-1], ()), "last_linear")
+    return roles
+
+
+def _decide(
+    module: nn.Module, wanted: Recipe | None, roles: tuple[str, ...], pattern: str | None
+) -> tuple[Recipe | None, str, bool]:
+    """Return (recipe or None, reason for float, whether it is a fallback that strict refuses)."""
+    if pattern is None:
+        return None, "no rule matches its name", False
+    if wanted is None:
+        return None, f"rule {pattern!r} leaves it in float", False
+    unsupported = why_not_supported(module)
+    if unsupported is not None:
+        return None, unsupported, isinstance(module, (*QUANTIZED_CLASSES, nn.MultiheadAttention))
+    for role in roles:
+        if role in wanted.keep_float:
+            return None, f"recipe {wanted.name!r} keeps the {role.replace('_', ' ')} in float (keep_float)", False
+    if isinstance(module, Matmul):
+        if wanted.matmul is False:
+            return None, f"recipe {wanted.name!r} leaves attention products in float (matmul=False)", False
+        wanted = wanted.matmul if isinstance(wanted.matmul, Recipe) else wanted
+    reason = _layer_reason(module, wanted)
+    return (None, reason, True) if reason else (wanted, "", False)
+
+
+def _layer_reason(module: nn.Module, wanted: Recipe) -> str | None:
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters(recurse=False)):
+        return "its parameters have no shape yet; run one batch before quantize_"
+    if any(not p.dtype.is_floating_point for p in module.parameters(recurse=False)):
+        return "its weight is not floating-point"
+    if getattr(module, "transposed", False):
+        extra, stride = getattr(module, "output_padding", ()), getattr(module, "stride", ())
+        if any(e >= s for e, s in zip(extra, stride, strict=True)):
+            return f"output_padding={extra} is not below stride={stride}"
+    kind: Any = QUANTIZED_CLASSES.get(type(module), type(module))
+    return kind.products(module, spatial_example(module)).why_not(wanted)
+
+
+def _assign(module: Any, name: str, chosen: Recipe, compute: str, on_nonfinite: str) -> None:
+    if isinstance(module, Quantized) and module.assignment.recipe == chosen:
+        module.assignment.compute, module.assignment.on_nonfinite = compute, on_nonfinite
+        module.assignment.name = name
+        return
+    _to_float(module)
+    module.__class__ = QUANTIZED_CLASSES[type(module)]
+    module.__dict__.pop("_gradbits_reason", None)
+    module.assignment = Assignment(name, chosen, compute, on_nonfinite)
+    states, slots = init_states(module, chosen)
+    module.assignment.slots = slots
+    if states is not None:
+        parameter = next(module.parameters(recurse=False), None)
+        module.quantizers = states if parameter is None else states.to(parameter.device)
+
+
+def _to_float(module: Any) -> None:
+    if isinstance(module, Quantized):
+        module.__class__ = module.float_class  # type: ignore[assignment]
+        del module.assignment
+        if hasattr(module, "quantizers"):
+            del module.quantizers

@@ -1,0 +1,310 @@
+"""Quantized layers: the float classes with another forward, so parameters, hooks and references stay what they were."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gradbits.core.grain import PerChannel
+from gradbits.core.noise import draw_seed
+from gradbits.kernels.geometry import ConvGeometry
+from gradbits.nn.bilinear import Bilinear, ConvProducts, LinearProducts, MatmulProducts
+from gradbits.nn.function import Call, QuantizedProduct
+from gradbits.nn.matmul import Matmul
+from gradbits.quantizers.quantizer import Quantizer
+from gradbits.quantizers.ranges import State
+from gradbits.recipes.recipe import Recipe
+
+
+@dataclass
+class Assignment:
+    """What a quantized layer follows.
+
+    Args:
+        name: the layer's name in its model.
+        recipe: which quantizer serves which operand.
+        compute: ``"auto"``, ``"integer"`` or ``"simulate"``.
+        on_nonfinite: ``"propagate"``, ``"raise"`` or ``"skip"``.
+        slots: operand -> name of its state; operands with equal quantizers share one.
+    """
+
+    name: str
+    recipe: Recipe
+    compute: str
+    on_nonfinite: str
+    slots: dict[tuple[str, str], str] = field(default_factory=dict)
+
+
+class QuantizerStates(nn.Module):
+    """The range states of one layer as buffers; a float checkpoint that lacks them loads all the same."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        own = {f"{prefix}{name}" for name, _ in self.named_buffers()}
+        missing: list[str] = args[2]
+        before = len(missing)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        missing[before:] = [key for key in missing[before:] if key not in own]
+
+
+class Quantized:
+    """What the quantized classes add to their float class; ``assign`` turns a float layer into one."""
+
+    float_class: ClassVar[type[nn.Module]]
+    assignment: Assignment
+
+    def products(self, input_size: tuple[int, ...]) -> Bilinear:
+        """Return the layer's three products for an input of spatial size ``input_size``."""
+        raise NotImplementedError
+
+    def channels(self, role: str, axis: int) -> int:
+        """Return how many scales an operand has along ``axis``."""
+        raise NotImplementedError
+
+    def run(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, size: tuple[int, ...]) -> Any:
+        """Return the quantized product of canonical operands."""
+        a, module = self.assignment, self
+        device = x.device.type
+        dtype = torch.promote_types(x.dtype, weight.dtype)
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        training = bool(getattr(module, "training", True))
+        recomputing = torch._C._current_graph_task_id() != -1  # activation checkpointing runs forward inside backward
+        call = Call(
+            products=self.products(size),
+            recipe=a.recipe,
+            state_of=self.state_of,
+            compute=a.compute,
+            seed=draw_seed() if a.recipe.is_stochastic and torch.is_grad_enabled() else 0,
+            update=training and not recomputing,
+            on_nonfinite=a.on_nonfinite,
+            name=a.name,
+            dtype=dtype,
+        )
+        with torch.autocast(device, enabled=False):
+            return QuantizedProduct.apply(x, weight, bias, call)
+
+    def state_of(self, product: str, role: str) -> State:
+        """Return the state of an operand's quantizer; empty where it remembers nothing."""
+        slot = self.assignment.slots.get((product, role))
+        states = getattr(self, "quantizers", None)
+        if slot is None or states is None:
+            return {}
+        prefix = f"{slot}_"
+        return {name[len(prefix) :]: b for name, b in states.named_buffers() if name.startswith(prefix)}
+
+
+def init_states(layer: Quantized, recipe: Recipe) -> tuple[QuantizerStates | None, dict[tuple[str, str], str]]:
+    """Return a layer's range states and which operand uses which."""
+    states = QuantizerStates()
+    slots: dict[tuple[str, str], str] = {}
+    known: dict[tuple[str, Quantizer], str] = {}
+    for product, role, q in recipe.operands():
+        if (role, q) not in known:
+            groups = layer.channels(role, q.grain.axis) if isinstance(q.grain, PerChannel) else 1
+            initial = q.init_state(groups)
+            if not initial:
+                continue
+            known[role, q] = f"{product}_{role}"
+            for name, value in initial.items():
+                states.register_buffer(f"{product}_{role}_{name}", value)
+        slots[product, role] = known[role, q]
+    return (states if known else None), slots
+
+
+class QuantizedLinear(Quantized, nn.Linear):
+    """``torch.nn.Linear`` with quantized products."""
+
+    float_class = nn.Linear
+
+    def products(self, input_size: tuple[int, ...]) -> Bilinear:
+        return LinearProducts()
+
+    def channels(self, role: str, axis: int) -> int:
+        sizes = {"input": self.in_features, "gradient": self.out_features}
+        return sizes.get(role, self.weight.shape[axis])
+
+    @torch.compiler.disable(recursive=True)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return ``input`` [..., in_features] times the transposed weight plus the bias."""
+        rows = input.reshape(-1, input.shape[-1])
+        y: torch.Tensor = self.run(rows, self.weight, self.bias, ())
+        return y.view(*input.shape[:-1], self.out_features)
+
+
+class QuantizedMatmul(Quantized, Matmul):
+    """``gradbits.nn.Matmul`` with quantized products."""
+
+    float_class = Matmul
+
+    def products(self, input_size: tuple[int, ...]) -> Bilinear:
+        return MatmulProducts()
+
+    @torch.compiler.disable(recursive=True)
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return ``a`` [..., M, K] times ``b`` [..., K, N]."""
+        lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        a = a.expand(*lead, *a.shape[-2:]).reshape(-1, *a.shape[-2:])
+        b = b.expand(*lead, *b.shape[-2:]).reshape(-1, *b.shape[-2:])
+        y: torch.Tensor = self.run(a, b, None, ())
+        return y.view(*lead, *y.shape[-2:])
+
+
+class _QuantizedConv(Quantized):
+    """Shared by the convolutions of 1, 2 and 3 dimensions."""
+
+    def products(self, input_size: tuple[int, ...]) -> Bilinear:
+        layer: Any = self
+        padding = (0,) * len(input_size) if isinstance(layer.padding, str) else tuple(layer.padding)
+        if layer.padding_mode != "zeros":
+            padding = (0,) * len(input_size)
+        if layer.padding == "same" and layer.padding_mode == "zeros":
+            low, high = _same_padding(layer)
+            padding = low if low == high else (0,) * len(input_size)
+        return ConvProducts(
+            ConvGeometry(
+                tuple(layer.stride), padding, tuple(layer.dilation), layer.groups, input_size, tuple(layer.kernel_size)
+            )
+        )
+
+    def channels(self, role: str, axis: int) -> int:
+        layer: Any = self
+        sizes = {"input": layer.in_channels, "gradient": layer.out_channels}
+        return int(sizes.get(role, layer.weight.shape[axis]))
+
+    @torch.compiler.disable(recursive=True)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the convolution of ``input`` [N, C, *] or [C, *]."""
+        layer: Any = self
+        spatial = len(layer.kernel_size)
+        x = input if input.dim() == spatial + 2 else input.unsqueeze(0)
+        if layer.padding_mode != "zeros":
+            x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+        elif layer.padding == "same":
+            low, high = _same_padding(layer)
+            if low != high:  # an even kernel pads one more at the end, as PyTorch does
+                x = F.pad(x, [n for pair in zip(reversed(low), reversed(high), strict=True) for n in pair])
+        y = self.run(x, layer.weight, layer.bias, tuple(x.shape[2:]))
+        return _in_format_of(y if input.dim() == spatial + 2 else y.squeeze(0), input, layer.weight)
+
+
+def _same_padding(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    return tuple(t // 2 for t in total), tuple(t - t // 2 for t in total)
+
+
+def _in_format_of(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return ``y`` channels-last where PyTorch's own convolution would, contiguous otherwise.
+
+    Kernels may prefer one order, but a caller's ``view`` must go on working.
+    """
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    wanted = formats.get(x.dim())
+    if wanted is not None and any(
+        t.is_contiguous(memory_format=wanted) and not t.is_contiguous() for t in (x, weight) if t.dim() == x.dim()
+    ):
+        return y.contiguous(memory_format=wanted)
+    return y.contiguous()
+
+
+class QuantizedConv1d(_QuantizedConv, nn.Conv1d):
+    """``torch.nn.Conv1d`` with quantized products."""
+
+    float_class = nn.Conv1d
+
+
+class QuantizedConv2d(_QuantizedConv, nn.Conv2d):
+    """``torch.nn.Conv2d`` with quantized products."""
+
+    float_class = nn.Conv2d
+
+
+class QuantizedConv3d(_QuantizedConv, nn.Conv3d):
+    """``torch.nn.Conv3d`` with quantized products."""
+
+    float_class = nn.Conv3d
+
+
+class _QuantizedConvTranspose(Quantized):
+    """Shared by the transposed convolutions; each is the ``grad_input`` of a plain one."""
+
+    def products(self, input_size: tuple[int, ...]) -> Bilinear:
+        layer: Any = self
+        return ConvProducts(
+            ConvGeometry(
+                tuple(layer.stride),
+                tuple(layer.padding),
+                tuple(layer.dilation),
+                layer.groups,
+                input_size,
+                tuple(layer.kernel_size),
+            ),
+            transposed=True,
+        )
+
+    def channels(self, role: str, axis: int) -> int:
+        layer: Any = self
+        sizes = {"input": layer.in_channels, "gradient": layer.out_channels}
+        return int(sizes.get(role, layer.weight.shape[1 - axis]))
+
+    @torch.compiler.disable(recursive=True)
+    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+        """Return the transposed convolution of ``input`` [N, C, *] or [C, *]."""
+        layer: Any = self
+        spatial = len(layer.kernel_size)
+        x = input if input.dim() == spatial + 2 else input.unsqueeze(0)
+        extra = layer._output_padding(
+            input, output_size, layer.stride, layer.padding, layer.kernel_size, spatial, layer.dilation
+        )
+        size = tuple(
+            (n - 1) * s - 2 * p + d * (k - 1) + e + 1
+            for n, s, p, d, k, e in zip(
+                x.shape[2:], layer.stride, layer.padding, layer.dilation, layer.kernel_size, extra, strict=True
+            )
+        )
+        y = self.run(x, layer.weight, layer.bias, size)
+        return _in_format_of(y if input.dim() == spatial + 2 else y.squeeze(0), input, layer.weight)
+
+
+class QuantizedConvTranspose1d(_QuantizedConvTranspose, nn.ConvTranspose1d):
+    """``torch.nn.ConvTranspose1d`` with quantized products."""
+
+    float_class = nn.ConvTranspose1d
+
+
+class QuantizedConvTranspose2d(_QuantizedConvTranspose, nn.ConvTranspose2d):
+    """``torch.nn.ConvTranspose2d`` with quantized products."""
+
+    float_class = nn.ConvTranspose2d
+
+
+class QuantizedConvTranspose3d(_QuantizedConvTranspose, nn.ConvTranspose3d):
+    """``torch.nn.ConvTranspose3d`` with quantized products."""
+
+    float_class = nn.ConvTranspose3d
+
+
+QUANTIZED_CLASSES: dict[type[nn.Module], type[Any]] = {
+    c.float_class: c
+    for c in (
+        QuantizedLinear,
+        QuantizedMatmul,
+        QuantizedConv1d,
+        QuantizedConv2d,
+        QuantizedConv3d,
+        QuantizedConvTranspose1d,
+        QuantizedConvTranspose2d,
+        QuantizedConvTranspose3d,
+    )
+}
+
+
+def spatial_example(layer: nn.Module) -> tuple[int, ...]:
+    """Return some legal spatial input size of a layer, for questions that do not depend on it."""
+    kernel = getattr(layer, "kernel_size", ())
+    dilation = getattr(layer, "dilation", ())
+    return tuple(math.prod((k, d)) + 1 for k, d in zip(kernel, dilation, strict=True))

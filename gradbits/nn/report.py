@@ -1,0 +1,140 @@
+"""What was quantized and what was not, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from gradbits.kernels.dispatch import Request, choose
+from gradbits.nn.layers import QUANTIZED_CLASSES, Quantized
+from gradbits.nn.matmul import Matmul
+
+PRODUCTS = ("output", "grad_input", "grad_weight")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer of a report.
+
+    Args:
+        name: the layer's name in its model.
+        kind: its float class.
+        recipe: the recipe it follows, ``"float"`` where none.
+        output, grad_input, grad_weight: operand bits of each product, ``"float"`` where it stays in float.
+        backend: what computes the products.
+        reason: why it was left alone; empty where it is quantized.
+    """
+
+    name: str
+    kind: str
+    recipe: str
+    output: str
+    grad_input: str
+    grad_weight: str
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every layer that has weights or products, quantized or left alone with the reason."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def quantized(self) -> tuple[Row, ...]:
+        """The layers that are quantized."""
+        return tuple(r for r in self.rows if not r.reason)
+
+    @property
+    def left_alone(self) -> tuple[Row, ...]:
+        """The layers that are not, each with its reason."""
+        return tuple(r for r in self.rows if r.reason)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return {"layers": [asdict(r) for r in self.rows]}
+
+    def __str__(self) -> str:
+        head = ("layer", "class", "recipe", *PRODUCTS, "computed by", "left in float because")
+        table = [head, *(tuple(asdict(r).values()) for r in self.rows)]
+        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table]
+        done = len(self.quantized)
+        return "\n".join([*lines, f"{done} of {len(self.rows)} layers quantized"])
+
+
+def _backend(layer: Any) -> str:
+    compute = layer.assignment.compute
+    parameter = next(layer.parameters(), None)
+    device = "cpu" if parameter is None else parameter.device.type
+    spatial = len(getattr(layer, "kernel_size", ()))
+    groups = int(getattr(layer, "groups", 1))
+    swap = {"output": "grad_input", "grad_input": "output", "grad_weight": "grad_weight"}
+    transposed = bool(getattr(layer, "transposed", False))
+    names = []
+    for product in PRODUCTS:
+        if getattr(layer.assignment.recipe, product) is None:
+            continue
+        op = f"conv_{swap[product] if transposed else product}" if spatial else "matmul"
+        names.append(choose(op, Request(device, 0, spatial, groups), compute).backend)
+    return ", ".join(dict.fromkeys(names))
+
+
+def _bits(recipe: Any, product: str) -> str:
+    operands = [q for p, _, q in recipe.operands() if p == product]
+    return "×".join(str(q.bits) for q in operands) or "float"
+
+
+def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that a report lists: those with a product of their own."""
+    own = (*QUANTIZED_CLASSES, Matmul)
+    for name, module in model.named_modules():
+        direct = bool(next(module.parameters(recurse=False), None) is not None)
+        is_norm = "Norm" in type(module).__name__
+        if isinstance(module, (Quantized, *own)) or (direct and not is_norm):
+            yield name, module
+
+
+def report(model: nn.Module) -> Report:
+    """Return what is quantized in ``model`` and why the rest is not.
+
+    Args:
+        model: any module, before or after ``quantize_``.
+
+    >>> import gradbits as gb
+    >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Embedding(3, 8))
+    >>> _ = gb.quantize_(net, "int8_dynamic")
+    >>> [(r.name, r.recipe, r.reason) for r in gb.report(net).rows]
+    [('0', 'int8_dynamic', ''), ('2', 'float', 'Embedding has no product to quantize')]
+    """
+    rows = []
+    for name, module in named_layers(model):
+        if isinstance(module, Quantized):
+            recipe = module.assignment.recipe
+            output, grad_input, grad_weight = (_bits(recipe, p) for p in PRODUCTS)
+            kind = module.float_class.__name__
+            rows.append(Row(name, kind, recipe.name, output, grad_input, grad_weight, _backend(module), ""))
+        else:
+            given = getattr(module, "_gradbits_reason", None)
+            reason = str(given or why_not_supported(module) or "quantize_ was not asked to")
+            rows.append(Row(name, type(module).__name__, "float", "float", "float", "float", "torch", reason))
+    return Report(tuple(rows))
+
+
+def why_not_supported(module: nn.Module) -> str | None:
+    """Return why a module's class cannot be quantized, or None where it can."""
+    kind = type(module)
+    if kind in QUANTIZED_CLASSES or isinstance(module, Quantized):
+        return None
+    if hasattr(module, "parametrizations"):
+        return "its weight is parametrized; remove the parametrization first"
+    for base in QUANTIZED_CLASSES:
+        if isinstance(module, base):
+            return f"{kind.__name__} is a subclass of {base.__name__} that may compute something else"
+    if isinstance(module, nn.MultiheadAttention):
+        return "MultiheadAttention multiplies its own weights; build attention from Linear and gradbits.nn.Matmul"
+    return f"{kind.__name__} has no product to quantize"

@@ -1,0 +1,102 @@
+"""What a recipe asks of the optimizer: deviation-counteractive learning rate scaling."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradbits.core.checks import check_number
+from gradbits.core.errors import ArgumentError
+from gradbits.nn.layers import Quantized
+
+
+def learning_rate_factor(deviation: float, alpha: float = 20.0, beta: float = 0.1) -> float:
+    r"""Return :math:`\phi(d) = \max(e^{-\alpha d}, \beta)`.
+
+    >>> [round(learning_rate_factor(d), 4) for d in (0.0, 0.05, 0.1, 0.2)]
+    [1.0, 0.3679, 0.1353, 0.1]
+    """
+    return max(math.exp(-alpha * deviation), beta)
+
+
+class DeviationCounteractiveLR:
+    r"""Scales the learning rate of each quantized layer by how far its quantized gradient deviates (DCLRS).
+
+    .. math:: \eta_l = \eta\,\max(e^{-\alpha d_c}, \beta)
+
+    It is the learning rate that is scaled, not the gradient: with momentum the two differ. During ``optimizer.step()``
+    the optimizer sees its parameter groups split by layer; before and after, it sees the groups that it was given, so
+    its ``state_dict`` and learning-rate schedulers know nothing of this.
+
+    Args:
+        optimizer: any PyTorch optimizer.
+        model: a model whose layers follow a recipe with ``learning_rate``.
+
+    Raises:
+        ArgumentError: no layer of the model has such a recipe.
+
+    References:
+        Zhu et al., Towards Unified INT8 Training for Convolutional Neural Network, CVPR 2020, arXiv:1912.12607.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        self.optimizer = optimizer
+        self._layers: list[Any] = [
+            m for m in model.modules() if isinstance(m, Quantized) and m.assignment.recipe.learning_rate is not None
+        ]
+        if not self._layers:
+            raise ArgumentError("model: no layer follows a recipe that scales learning rates")
+        for layer in self._layers:
+            rate = layer.assignment.recipe.learning_rate
+            check_number(rate.alpha, "alpha", 0.0)
+            check_number(rate.beta, "beta", 0.0, 1.0)
+        self._groups: list[dict[str, Any]] | None = None
+        self._handles = [
+            optimizer.register_step_pre_hook(self._split),
+            optimizer.register_step_post_hook(self._restore),
+        ]
+
+    def factors(self) -> dict[str, float]:
+        """Return the current factor of each layer by name."""
+        return {layer.assignment.name: self._factor(layer) for layer in self._layers}
+
+    def detach(self) -> None:
+        """Leave the optimizer as it was before."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _factor(self, layer: Any) -> float:
+        rate = layer.assignment.recipe.learning_rate
+        state = layer.state_of("grad_input", "gradient") or layer.state_of("grad_weight", "gradient")
+        if "deviation" not in state:
+            return 1.0
+        return learning_rate_factor(float(state["deviation"]), rate.alpha, rate.beta)
+
+    def _split(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._restore(optimizer, args, kwargs)  # an earlier step that raised left them split
+        factor_of = {p: self._factor(layer) for layer in self._layers for p in layer.parameters(recurse=False)}
+        self._groups = optimizer.param_groups
+        split: list[dict[str, Any]] = []
+        for group in optimizer.param_groups:
+            by_factor: dict[float, list[torch.Tensor]] = {}
+            for p in group["params"]:
+                by_factor.setdefault(factor_of.get(p, 1.0), []).append(p)
+            split += [{**group, "params": ps, "lr": group["lr"] * f} for f, ps in by_factor.items()]
+        optimizer.param_groups = split
+
+    def _restore(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._groups is not None:
+            optimizer.param_groups = self._groups
+            self._groups = None
+
+
+def attach_companion_(optimizer: torch.optim.Optimizer, model: nn.Module) -> DeviationCounteractiveLR | None:
+    """Attach what the model's recipes ask of ``optimizer``; return it, or None where they ask nothing.
+
+    Call it after ``quantize_``.
+    """
+    wants = any(isinstance(m, Quantized) and m.assignment.recipe.learning_rate is not None for m in model.modules())
+    return DeviationCounteractiveLR(optimizer, model) if wants else None

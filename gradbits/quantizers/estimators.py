@@ -1,0 +1,52 @@
+"""Estimators: how a gradient passes back through a quantizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gradbits.core.spec import Spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class STE(Spec):
+    r"""The straight-through estimator.
+
+    .. math:: \frac{\partial L}{\partial x} = \frac{\partial L}{\partial \hat{x}}
+              \quad\text{or, clipped,}\quad \frac{\partial L}{\partial \hat{x}}\,1[l \le x \le h]
+
+    Args:
+        clip: whether values outside the range get no gradient; the ends of the range pass it.
+
+    References:
+        Bengio, Léonard, Courville, Estimating or Propagating Gradients Through Stochastic Neurons for Conditional
+        Computation, 2013, arXiv:1308.3432.
+
+    >>> STE(clip=True).mask(torch.tensor([-2.0, -1.0, 0.5]), torch.tensor(-1.0), torch.tensor(1.0)).tolist()
+    [False, True, True]
+    """
+
+    clip: bool = False
+
+    def mask(self, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor | None:
+        """Return where the gradient passes, or None where it passes everywhere."""
+        return (x >= low) & (x <= high) if self.clip else None
+
+
+class StraightThrough(torch.autograd.Function):
+    """Replaces values by given ones; the gradient passes where ``mask`` is true, or everywhere if it is None."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Return ``values`` in the dtype of ``x``."""
+        if mask is not None:
+            ctx.save_for_backward(mask)
+        return values.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """Return the masked gradient."""
+        (grad,) = grads
+        return (grad * ctx.saved_tensors[0] if ctx.saved_tensors else grad), None, None

@@ -1,0 +1,116 @@
+"""Uniform grids: from a range to scale, zero point and the map from values to codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gradbits.core.checks import check_bits, check_choice
+from gradbits.core.spec import Spec
+from gradbits.kernels.quantize import CodeMap
+
+TINY = torch.finfo(torch.float32).tiny  # a smaller scale would have no finite reciprocal
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridValues:
+    """A grid placed on a range: how values become codes and codes become values."""
+
+    code_map: CodeMap
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid(Spec):
+    """The representable values of a quantizer; the base of the uniform grids.
+
+    Args:
+        bits: bits of one code, 2 to 8.
+    """
+
+    bits: int = 8
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits, f"{type(self).__name__}.bits")
+
+    def place(self, low: torch.Tensor, high: torch.Tensor) -> GridValues:
+        """Return the grid on [``low``, ``high``]; where the range is not finite, the scale is NaN."""
+        raise NotImplementedError
+
+
+def _step(width: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scale and reciprocal for ``steps`` steps over ``width``: 0 and 0 where the width is 0."""
+    scale = width / steps
+    scale = torch.where((width > 0) & (scale < TINY), TINY, scale)
+    inverse = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
+    return torch.where(torch.isfinite(width), scale, torch.full_like(scale, float("nan"))), inverse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Symmetric(Grid):
+    r"""Codes :math:`-(2^{b-1}-1) \dots 2^{b-1}-1` around an exact zero, :math:`s = \max(|l|,|h|)/(2^{b-1}-1)`.
+
+    >>> grid = Symmetric(bits=4).place(torch.tensor([-7.0]), torch.tensor([3.5]))
+    >>> grid.scale.item(), grid.code_map.low, grid.code_map.high
+    (1.0, -7, 7)
+    """
+
+    def place(self, low: torch.Tensor, high: torch.Tensor) -> GridValues:
+        largest = (1 << (self.bits - 1)) - 1
+        scale, inverse = _step(torch.maximum(-low, high), largest)
+        return GridValues(code_map=CodeMap(inverse, -largest, largest), scale=scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Affine(Grid):
+    r"""All :math:`2^b` codes :math:`-2^{b-1} \dots 2^{b-1}-1` spread over the range, :math:`s = (h-l)/(2^b-1)`.
+
+    Args:
+        bits: bits of one code, 2 to 8.
+        zero: how real zero is represented.
+            ``"none"``: the range is used as it is, zero falls where it falls.
+            ``"nudge"``: the range is extended to hold zero and shifted by up to half a step so that zero is a code
+            (Jacob et al.); values at one end may clip by half a step.
+            ``"widen"``: the range is extended to hold zero and its upper end is moved out until zero is a code
+            (StatQuant); nothing clips.
+
+    References:
+        Jacob et al., arXiv:1712.05877; Chen et al., A Statistical Framework for Low-bitwidth Training of Deep Neural
+        Networks, NeurIPS 2020, arXiv:2010.14298.
+
+    >>> grid = Affine(bits=8, zero="nudge").place(torch.tensor([-0.4]), torch.tensor([2.15]))
+    >>> round(grid.scale.item(), 6), int(grid.zero_point.item()) + 128
+    (0.01, 40)
+    """
+
+    zero: str = "none"
+
+    def __post_init__(self) -> None:
+        Grid.__post_init__(self)
+        check_choice(self.zero, "Affine.zero", ("none", "nudge", "widen"))
+
+    def place(self, low: torch.Tensor, high: torch.Tensor) -> GridValues:
+        half = 1 << (self.bits - 1)
+        steps = 2 * half - 1
+        if self.zero == "none":
+            scale, inverse = _step(high - low, steps)
+            code_map = CodeMap(inverse, -half, half - 1, shift=low, zero=torch.full_like(low, float(-half)))
+            return GridValues(code_map=code_map, scale=scale, offset=low + half * scale)
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+        scale, inverse = _step(high - low, steps)
+        # rank of real zero among the codes, from 0 to 2^b - 1, in float64: at 8 bits float32 may miss a tie
+        rank = torch.nan_to_num(-low.double() / scale.double().clamp(min=TINY))
+        if self.zero == "nudge":
+            rank = torch.floor(rank + 0.5).clamp(0, steps)
+        else:
+            # without negative values (or none below one step) there is nothing to align on that side
+            rank = torch.floor(rank).clamp(0, steps)
+            width = torch.where(rank == 0, high.double() / steps, -low.double() / rank.clamp(min=1.0))
+            scale, inverse = _step(width.float() * steps, steps)
+        zero_point = (rank - half).float()
+        return GridValues(
+            code_map=CodeMap(inverse, -half, half - 1, zero=zero_point), scale=scale, zero_point=zero_point
+        )

@@ -1,0 +1,124 @@
+"""Range rules: which interval of values the codes cover."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gradbits.core.checks import check_number
+from gradbits.core.grain import Grain
+from gradbits.core.spec import Spec
+
+State = dict[str, torch.Tensor]
+
+
+def min_max(x: torch.Tensor, grain: Grain) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return minimum and maximum of what shares one scale, in float32 and the grain's scale shape; 0 where empty.
+
+    >>> from gradbits.core.grain import PerRow
+    >>> low, high = min_max(torch.tensor([[1.0, -2.0], [3.0, 4.0]]), PerRow())
+    >>> low.flatten().tolist(), high.flatten().tolist()
+    ([-2.0, 3.0], [1.0, 4.0])
+    """
+    shape = grain.scale_shape(x.shape)
+    if x.numel() == 0:
+        return torch.zeros(shape, device=x.device), torch.zeros(shape, device=x.device)
+    if torch.Size(shape).numel() == 1:
+        low, high = torch.aminmax(x)
+    else:
+        low, high = torch.aminmax(grain.split(x), dim=-1)
+    return low.float().reshape(shape), high.float().reshape(shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RangeRule(Spec):
+    """How the range of a quantizer is chosen; the base of all rules."""
+
+    @property
+    def can_clip(self) -> bool:
+        """Whether values may lie outside the range."""
+        return False
+
+    def init_state(self, groups: int) -> State:
+        """Return the initial state for ``groups`` scales; empty for a rule that remembers nothing."""
+        return {}
+
+    def limits(self, x: torch.Tensor, grain: Grain, state: State, update: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the range (low, high) for ``x`` in the grain's scale shape; NaN where ``x`` is not finite.
+
+        Args:
+            x: values.
+            grain: what shares one scale.
+            state: from ``init_state``; changed in place, and only by finite values.
+            update: whether this call may change the state.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbsMax(RangeRule):
+    r"""The symmetric range :math:`[-c, c],\ c = \max|x|`.
+
+    >>> from gradbits.core.grain import PerTensor
+    >>> [t.item() for t in AbsMax().limits(torch.tensor([1.0, -3.0]), PerTensor(), {}, True)]
+    [-3.0, 3.0]
+    """
+
+    def limits(self, x: torch.Tensor, grain: Grain, state: State, update: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        low, high = min_max(x, grain)
+        largest = torch.maximum(-low, high)
+        return -largest, largest
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinMax(RangeRule):
+    r"""The range :math:`[\min x, \max x]`."""
+
+    def limits(self, x: torch.Tensor, grain: Grain, state: State, update: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        return min_max(x, grain)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMA(RangeRule):
+    r"""An exponential moving average of another rule's range, started by the first batch.
+
+    .. math:: a \leftarrow a + (1-d)\,(\min_\text{batch} - a), \qquad b \leftarrow b + (1-d)\,(\max_\text{batch} - b)
+
+    Args:
+        decay: ``d``, in [0, 1).
+        of: the rule that looks at one batch.
+
+    References:
+        Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference,
+        CVPR 2018, arXiv:1712.05877. The paper asks for a decay close to 1 without naming one; 0.99 is our default.
+    """
+
+    decay: float = 0.99
+    of: RangeRule = AbsMax()
+
+    def __post_init__(self) -> None:
+        check_number(self.decay, "EMA.decay", 0.0, 1.0, open_high=True)
+
+    @property
+    def can_clip(self) -> bool:
+        return True
+
+    def init_state(self, groups: int) -> State:
+        return {"low": torch.full((groups,), float("nan")), "high": torch.full((groups,), float("nan"))}
+
+    def limits(self, x: torch.Tensor, grain: Grain, state: State, update: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        seen = torch.stack([t.reshape(-1) for t in self.of.limits(x, grain, {}, False)])
+        known = torch.stack([state["low"], state["high"]])
+        finite = torch.isfinite(seen).all(dim=0)
+        started = torch.isfinite(known).all(dim=0)
+        if update and x.numel():
+            moved = known + (1.0 - self.decay) * (seen - known)
+            known = torch.where(finite, torch.where(started, moved, seen), known)
+            state["low"].copy_(known[0])
+            state["high"].copy_(known[1])
+            started = torch.isfinite(known).all(dim=0)
+        used = torch.where(started, known, seen)
+        used = torch.where(finite, used, torch.full_like(used, float("nan")))
+        shape = grain.scale_shape(x.shape)
+        return used[0].reshape(shape), used[1].reshape(shape)

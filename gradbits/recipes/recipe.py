@@ -1,0 +1,193 @@
+"""Recipes: which quantizer serves which operand of the three products."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+from gradbits.core.checks import check_choice
+from gradbits.core.errors import ArgumentError, ScaleAxisError
+from gradbits.core.grain import PerBlock, PerChannel, PerTensor
+from gradbits.core.spec import Spec
+from gradbits.quantizers.grids import Grid
+from gradbits.quantizers.quantizer import Quantizer
+
+KEEP_FLOAT = ("first_conv", "last_linear")
+# axis along which an operand's scale may vary, because it is an axis of the product's result:
+# rows (samples, tokens) are axis 0 of input and gradient, channels axis 1; a weight is [output channels, input channels]
+LEGAL_AXIS = {
+    ("output", "input"): 0,
+    ("output", "weight"): 0,
+    ("grad_input", "gradient"): 0,
+    ("grad_input", "weight"): 1,
+    ("grad_weight", "gradient"): 1,
+    ("grad_weight", "input"): 1,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output(Spec):
+    """The operands of ``output`` = input · weightᵀ."""
+
+    input: Quantizer
+    weight: Quantizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradInput(Spec):
+    """The operands of ``grad_input`` = gradient · weight."""
+
+    gradient: Quantizer
+    weight: Quantizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradWeight(Spec):
+    """The operands of ``grad_weight`` = gradientᵀ · input."""
+
+    gradient: Quantizer
+    input: Quantizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerLearningRate(Spec):
+    r"""Deviation-counteractive learning rate scaling: :math:`\phi(d) = \max(e^{-\alpha d}, \beta)` per layer.
+
+    Args:
+        alpha: ``α``.
+        beta: ``β``, the floor.
+
+    References:
+        Zhu et al., CVPR 2020, arXiv:1912.12607.
+    """
+
+    alpha: float = 20.0
+    beta: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Spec):
+    """How a layer's three products are computed; a product that is None stays in float.
+
+    Args:
+        name: what reports call it.
+        output, grad_input, grad_weight: the quantizers of each product's operands.
+        share_gradient: whether one draw of gradient codes serves both backward products where their quantizers are
+            equal (one pass less over the gradient); otherwise each product draws its own noise.
+        keep_float: layers left in float by their place in the model: ``"first_conv"``, ``"last_linear"``.
+        matmul: what attention products (``gradbits.nn.Matmul``) take: True for this recipe, False for float, or a
+            recipe of their own.
+        learning_rate: what the recipe asks of the optimizer, see ``gradbits.optim.attach_companion_``.
+
+    Raises:
+        ScaleAxisError: an operand's scale varies along the axis that its product sums over.
+
+    >>> from gradbits.core.grain import PerRow
+    >>> q = Quantizer()
+    >>> Recipe(name="mine", grad_weight=GradWeight(gradient=Quantizer(grain=PerRow()), input=q))
+    Traceback (most recent call last):
+    ...
+    gradbits.core.errors.ScaleAxisError: grad_weight.gradient.grain=PerRow(axis=0): grad_weight sums over that axis, \
+so its scale cannot leave the integer product; legal are PerTensor() and PerChannel(axis=1)
+    """
+
+    name: str
+    output: Output | None = None
+    grad_input: GradInput | None = None
+    grad_weight: GradWeight | None = None
+    share_gradient: bool = False
+    keep_float: tuple[str, ...] = ()
+    matmul: bool | Recipe = True
+    learning_rate: LayerLearningRate | None = None
+
+    def __post_init__(self) -> None:
+        for role in self.keep_float:
+            check_choice(role, "keep_float", KEEP_FLOAT)
+        for product, role, quantizer in self.operands():
+            _check_axis(product, role, quantizer)
+
+    def operands(self) -> Iterator[tuple[str, str, Quantizer]]:
+        """Yield (product, role, quantizer) for every quantized operand."""
+        for product in ("output", "grad_input", "grad_weight"):
+            spec = getattr(self, product)
+            if spec is not None:
+                for field in fields(spec):
+                    yield product, field.name, getattr(spec, field.name)
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether any operand draws noise."""
+        return any(q.is_stochastic for _, _, q in self.operands())
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> Recipe:
+        """Return the recipe with some fields replaced.
+
+        A path names a field (``keep_float``), an operand's field in one product (``grad_input.gradient.bits``) or in
+        every product (``gradient.bits``); ``bits`` is short for ``grid.bits``. A string value is read as JSON where it
+        is JSON.
+
+        Raises:
+            ArgumentError: no such path, or an illegal value.
+
+        >>> from gradbits.recipes import recipe
+        >>> recipe("int8_dynamic").with_overrides({"gradient.bits": "5"}).grad_input.gradient.bits
+        5
+        """
+        result: Recipe = self
+        for path, value in overrides.items():
+            result = _override(result, path, _parse(value))
+        return result
+
+
+def _check_axis(product: str, role: str, quantizer: Quantizer) -> None:
+    grain, axis = quantizer.grain, LEGAL_AXIS[product, role]
+    if isinstance(grain, PerTensor) or (isinstance(grain, PerChannel) and grain.axis == axis):
+        return
+    legal = "PerRow()" if axis == 0 and role != "weight" else f"PerChannel(axis={axis})"
+    why = "blocks run along" if isinstance(grain, PerBlock) else f"{product} sums over"
+    raise ScaleAxisError(
+        f"{product}.{role}.grain={grain}: {why} that axis, so its scale cannot leave the integer product; "
+        f"legal are PerTensor() and {legal}"
+    )
+
+
+def _parse(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        value = json.loads(value)
+    except json.JSONDecodeError:
+        return value
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _override(recipe: Recipe, path: str, value: Any) -> Recipe:
+    head, _, rest = path.partition(".")
+    products = [p for p in ("output", "grad_input", "grad_weight") if getattr(recipe, p) is not None]
+    if head in ("input", "weight", "gradient") and rest:
+        holders = {p: getattr(recipe, p) for p in products if hasattr(getattr(recipe, p), head)}
+        changed = {p: _set(holder, path, value, path) for p, holder in holders.items()}
+        if not changed:
+            raise ArgumentError(f"{path}={value!r}: recipe {recipe.name!r} does not quantize {head}")
+        return replace(recipe, **changed)
+    return _set(recipe, path, value, path)
+
+
+def _set(spec: Any, path: str, value: Any, whole: str) -> Any:
+    head, _, rest = path.partition(".")
+    if isinstance(spec, Quantizer) and head == "bits":
+        head, rest = "grid", "bits"
+    names = [f.name for f in fields(spec)] if is_dataclass(spec) else []
+    if head not in names:
+        legal = ", ".join(names) or "nothing: it is None in this recipe"
+        raise ArgumentError(f"{whole}={value!r}: {type(spec).__name__} has no {head!r}; legal are {legal}")
+    current = getattr(spec, head)
+    if not rest and isinstance(current, Grid) and not isinstance(value, Spec):
+        raise ArgumentError(f"{whole}={value!r}: set one of its fields, for example {whole}.bits")
+    new = _set(current, rest, value, whole) if rest else value
+    try:
+        return replace(spec, **{head: new})
+    except TypeError as error:
+        raise ArgumentError(f"{whole}={value!r}: {error}") from None
