@@ -16,7 +16,7 @@ from gradbits.quantizers.quantizer import Quantizer
 
 KEEP_FLOAT = ("first_conv", "last_linear")
 # axis along which an operand's scale may vary, because it is an axis of the product's result:
-# rows (samples, tokens) are axis 0 of input and gradient, channels axis 1; a weight is [output channels, input channels]
+# input and gradient are [rows (samples, tokens), channels, ...], a weight is [output channels, input channels, ...]
 LEGAL_AXIS = {
     ("output", "input"): 0,
     ("output", "weight"): 0,
