@@ -37,14 +37,14 @@ class Request:
         terms: number of products in one sum.
         spatial: number of spatial dimensions of a convolution, 0 for a matrix product.
         groups: groups of a convolution.
-        stride: largest stride of a convolution.
+        patch_bytes: bytes of all patches of a convolution, per stride-1 convolution that it is made of.
     """
 
     device: str
     terms: int = 0
     spatial: int = 0
     groups: int = 1
-    stride: int = 1
+    patch_bytes: int | None = None
 
 
 @dataclass(frozen=True)

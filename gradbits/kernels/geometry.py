@@ -135,6 +135,15 @@ def phase_weight(w: torch.Tensor, phase: Phase, groups: int) -> torch.Tensor:
     return w.flip(tuple(range(2, w.dim()))).contiguous()
 
 
+def patch_bytes(op: str, geometry: ConvGeometry, batch: int, w_shape: torch.Size) -> int:
+    """Return the bytes of all patches of the operation, per stride-1 convolution that it is made of."""
+    g = geometry
+    pixels = batch * math.prod(g.kernel_size)
+    if op != "conv_grad_input":
+        return pixels * math.prod(g.output_size) * w_shape[1] * g.groups
+    return pixels * math.prod(g.input_size) * w_shape[0] // math.prod(g.stride) ** 2
+
+
 def terms_of(op: str, geometry: ConvGeometry, batch: int, w_shape: torch.Size) -> int:
     """Return how many products one sum of the operation has."""
     taps = math.prod(geometry.kernel_size)

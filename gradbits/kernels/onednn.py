@@ -18,6 +18,7 @@ from gradbits.kernels.geometry import (
     phase_weight,
 )
 
+PATCHES_PAY = 1 << 20  # below this many bytes of patches, building them is cheaper than preparing a convolution
 TERMS = 65_536  # 255 * 128 * TERMS < 2^31: codes travel as unsigned bytes there
 
 
@@ -127,6 +128,8 @@ def why_not(request: Request) -> str | None:
         return f"runs on the processor only, not on {request.device}"
     if request.spatial not in (1, 2):
         return f"has 1 and 2 spatial dimensions, not {request.spatial}"
+    if request.patch_bytes is not None and request.patch_bytes < PATCHES_PAY:
+        return "the product is so small that preparing it here costs more than patches"
     if request.terms > TERMS:
         return f"{request.terms} products in a sum could overflow int32"
     return unavailable()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from gradbits.core.errors import ScaleAxisError
 from gradbits.core.grain import Grain, PerChannel, PerTensor
-from gradbits.core.qtensor import QTensor
+from gradbits.core.qtensor import QTensor, Rotation
 from gradbits.kernels.dispatch import Epilogue, Kernel, Request, choose
-from gradbits.kernels.geometry import ConvGeometry, terms_of
-from gradbits.recipes.recipe import Recipe
+from gradbits.kernels.geometry import ConvGeometry, patch_bytes, terms_of
+from gradbits.recipes.recipe import LEGAL_AXIS, Recipe
 
 OPERANDS = {
     "output": ("input", "weight"),
@@ -48,6 +50,24 @@ class Bilinear:
         """Return ``grain``, given for a weight [output channels, input channels], for this layer's own layout."""
         return grain
 
+    @property
+    def tokens(self) -> int:
+        """Consecutive rows that make one sample."""
+        return 1
+
+    def own_axis(self, role: str, axis: int) -> int:
+        """Translate an axis, 0 or 1, between the usual layout of ``role`` and this layer's; it is its own inverse."""
+        return axis
+
+    def result_axis(self, product: str, role: str) -> int:
+        """Return the axis of the product's result that comes from the axis of ``role`` that is not summed over."""
+        first = OPERANDS[product][0] == role
+        return self.own_axis("weight", 0 if first else 1) if product == "grad_weight" else 0 if first else 1
+
+    def features(self, weight: torch.Tensor) -> int:
+        """Return how many input features one sum of ``output`` runs over at one position."""
+        return weight.shape[1]
+
     def why_not(self, recipe: Recipe) -> str | None:
         """Return why this layer cannot follow ``recipe``, or None."""
         return None
@@ -69,8 +89,13 @@ class Bilinear:
         bias: torch.Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         compute: str = "auto",
+        keep: tuple[str, ...] = (),
     ) -> torch.Tensor:
-        """Return an integer product as floats.
+        r"""Return an integer product as floats.
+
+        Operands of several digits give the sum of the products of their digits. A rotation T along an axis of the
+        result is undone after the epilogue, :math:`(T^{-1} \hat a)\,b = T^{-1}(\hat a\,b)`; one that both operands
+        share along the contracted axis cancels.
 
         Args:
             product: ``"output"``, ``"grad_input"`` or ``"grad_weight"``.
@@ -78,7 +103,32 @@ class Bilinear:
             bias: added last.
             dtype: of the result.
             compute: ``"integer"``, ``"simulate"`` or ``"auto"``; the result is the same, bit for bit.
+            keep: operands whose rotation is left in the result.
+
+        Raises:
+            ScaleAxisError: one operand alone is rotated along the contracted axis.
         """
+        sums, turned = [], self._rotations(product, a, b, keep)
+        simple = a.rest is None and b.rest is None and not turned
+        for x in a.digits():
+            for y in b.digits():
+                part = self._digits_product(product, x, y, bias if simple else None, dtype if simple else None, compute)
+                sums.append(part)
+        if simple:
+            return sums[0]
+        total = sums[0]
+        for part in sums[1:]:
+            total += part
+        for rotation in turned:
+            total = rotation.inverse(total)
+        if bias is not None:
+            total = total + self.bias_for_output(bias, total.dim()).float()
+        return total.to(dtype)
+
+    def _digits_product(
+        self, product: str, a: QTensor, b: QTensor, bias: torch.Tensor | None, dtype: torch.dtype | None, compute: str
+    ) -> torch.Tensor:
+        """Return the product of one digit of each operand, in float32 unless ``dtype`` is given."""
         roles = OPERANDS[product]
         op, request = self.request(product, a.codes, b.codes)
         kernel = choose(op, request, compute)
@@ -86,7 +136,36 @@ class Bilinear:
         scale_b = self.to_output(product, roles[1], b.scale)
         terms = self._zero_terms(kernel, product, a, b, scale_a, scale_b)
         shaped = None if bias is None else self.bias_for_output(bias, a.codes.dim())
-        return self.call(kernel, product, a.codes, b.codes, Epilogue(scale_a * scale_b, terms, shaped, dtype))
+        epilogue = Epilogue(scale_a * scale_b, terms, shaped, dtype or torch.float32)
+        return self.call(kernel, product, a.codes, b.codes, epilogue)
+
+    def _rotations(self, product: str, a: QTensor, b: QTensor, keep: tuple[str, ...]) -> list[Rotation]:
+        """Return the rotations of the operands that show in the result, along the axes of the result.
+
+        Raises:
+            ScaleAxisError: a rotation along the contracted axis that the other operand does not share.
+        """
+        shown: list[Rotation] = []
+        contracted: list[Rotation | None] = []
+        for role, q in zip(OPERANDS[product], (a, b), strict=True):
+            if q.rotation is None:
+                contracted.append(None)
+            elif self.own_axis(role, q.rotation.axis) == LEGAL_AXIS[product, role]:
+                contracted.append(None)
+                if role not in keep:
+                    shown.append(q.rotation.along(self.result_axis(product, role)))
+            else:
+                contracted.append(q.rotation.along(0))
+        first, second = contracted
+        if (first is not None or second is not None) and not (
+            first is not None and second is not None and first.orthogonal and first == second
+        ):
+            role = OPERANDS[product][0 if first is not None else 1]
+            raise ScaleAxisError(
+                f"{product}.{role}: rotated along the axis that {product} sums over, and the other operand is not "
+                "rotated the same way; legal are rotations along axes of the result and one orthogonal rotation of both"
+            )
+        return shown
 
     def _zero_terms(
         self, kernel: Kernel, product: str, a: QTensor, b: QTensor, scale_a: torch.Tensor, scale_b: torch.Tensor
@@ -118,7 +197,17 @@ def _ones(codes: torch.Tensor, axis: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class LinearProducts(Bilinear):
-    """input [N, I], weight [O, I], gradient [N, O]."""
+    """input [N, I], weight [O, I], gradient [N, O].
+
+    Args:
+        sequence: sizes of the axes between the samples and the features, which are flattened into the rows.
+    """
+
+    sequence: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.sequence)
 
     def request(self, product: str, a: torch.Tensor, b: torch.Tensor) -> tuple[str, Request]:
         terms = a.shape[0] if product == "grad_weight" else a.shape[1]
@@ -169,6 +258,8 @@ class MatmulProducts(Bilinear):
 
     def why_not(self, recipe: Recipe) -> str | None:
         for product, role, q in recipe.operands():
+            if q.rotation is not None:
+                return f"{product}.{role} is rotated, which would mix the matrices of a batch of attention products"
             if isinstance(q.grain, PerChannel) and q.grain.axis != 0:
                 return f"{product}.{role} has a scale per channel, which attention products do not have"
             if role == "weight" and isinstance(q.grain, PerChannel):
@@ -190,9 +281,11 @@ class ConvProducts(Bilinear):
 
     def request(self, product: str, a: torch.Tensor, b: torch.Tensor) -> tuple[str, Request]:
         op = f"conv_{self._plain(product)}"
-        g = self.geometry
-        terms = terms_of(op, g, a.shape[0], b.shape)
-        return op, Request(a.device.type, terms, g.spatial, g.groups, max(g.stride))
+        g, batch = self.geometry, a.shape[0]
+        if op == "conv_grad_weight":
+            return op, Request(a.device.type, terms_of(op, g, batch, b.shape), g.spatial, g.groups)
+        size = patch_bytes(op, g, batch, b.shape)
+        return op, Request(a.device.type, terms_of(op, g, batch, b.shape), g.spatial, g.groups, size)
 
     def _plain(self, product: str) -> str:
         """Return which product of the plain convolution this is."""
@@ -236,6 +329,12 @@ class ConvProducts(Bilinear):
         )
         result: torch.Tensor = grads[0] if plain == "grad_input" else grads[1]
         return result
+
+    def own_axis(self, role: str, axis: int) -> int:
+        return 1 - axis if self.transposed and role == "weight" else axis
+
+    def features(self, weight: torch.Tensor) -> int:
+        return weight.shape[0] // self.geometry.groups if self.transposed else weight.shape[1]
 
     def grain(self, role: str, grain: Grain) -> Grain:
         if self.transposed and role == "weight" and isinstance(grain, PerChannel):
