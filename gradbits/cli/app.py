@@ -13,6 +13,7 @@ from gradbits.core.errors import GradbitsError
 VERBS: dict[str, str] = {
     "doctor": "doctor",
     "recipes": "recipes",
+    "train": "train",
 }
 
 

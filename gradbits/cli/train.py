@@ -1,0 +1,109 @@
+"""The verb ``train``: reference runs, alone or side by side."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    *,
+    data: Annotated[
+        str | None, typer.Option(help="digits (default), fashion-mnist, mnist, idx, pydoc or text.", show_default=False)
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder with the four IDX files of fashion-mnist, mnist or idx.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="A file to learn byte by byte; the last tenth is the test.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first N training samples (bytes of a text).")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="mlp, small_cnn, resnet20, gpt or package.module:factory.", show_default=False)
+    ] = None,
+    model_set: Annotated[
+        list[str] | None, typer.Option(help="Argument of the model, as d_model=256; repeatable.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A recipe, fp32, bf16 or none. Default: unified_int8; int8_dynamic for text.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override in the recipe, as gradient.bits=5; repeatable.")
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="Train several on the same batches: fp32,bf16,unified_int8:gradient.bits=5.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, as 0,1,2. Default: 0.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Length in epochs.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Length in steps, instead of epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples of a batch.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="sgd (momentum 0.9), adam or adamw.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Weight decay.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="cosine (default) or constant.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: cuda where there is one.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: what torch chooses.")] = None,
+    compute: Annotated[
+        str | None, typer.Option(help="auto (default), integer or simulate: how quantized products are computed.")
+    ] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints, besides one at each test.")] = None,
+    log_every: Annotated[int | None, typer.Option(help="Steps between lines of log.jsonl. Default: 10.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for everything. Default: a fresh one under runs/.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again in a folder that is not empty.")] = False,
+) -> None:
+    """Train a small network in few bits, or several side by side, and show what it costs and how good it gets."""
+    from rich.console import Console
+
+    from gradbits.core.errors import ArgumentError
+    from gradbits.train.experiment import Experiment
+    from gradbits.train.interrupt import Interrupted
+    from gradbits.train.options import TrainOptions
+
+    if recipe is not None and compare is not None:
+        raise ArgumentError(f"recipe={recipe!r}: cannot be combined with compare={compare!r}; name it there")
+    networks = _split(compare) if compare is not None else ((recipe,) if recipe is not None else None)
+    try:
+        numbers = None if seeds is None else tuple(int(seed) for seed in _split(seeds))
+    except ValueError as error:
+        raise ArgumentError(f"seeds={seeds!r}: must be integers with commas between them, as 0,1,2") from error
+    options = TrainOptions(
+        data=data,
+        data_dir=None if data_dir is None else str(data_dir),
+        text=None if text is None else str(text),
+        limit=limit,
+        model=model,
+        model_set=tuple(model_set) if model_set else None,
+        networks=networks,
+        overrides=tuple(set_) if set_ else None,
+        seeds=numbers,
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        lr=lr,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        device=device,
+        threads=threads,
+        compute=compute,
+        save_every=save_every,
+        log_every=log_every,
+    )
+    program = [Path(sys.executable).name, "-m", "gradbits"] if sys.argv[0].endswith("__main__.py") else ["gradbits"]
+    command = shlex.join([*program, *sys.argv[1:]])
+    console = Console(width=None if sys.stdout.isatty() else 120)  # a pipe has no width; rich would take 80
+    experiment = Experiment(options, out=out, resume=resume, overwrite=overwrite, command=command, console=console)
+    try:
+        experiment.run()
+    except Interrupted as stopped:
+        again = shlex.join([*program, "train", "--out", str(experiment.folder.root), "--resume"])
+        console.print(f"stopped, the state is saved; to go on: {again}", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(128 + stopped.signal) from stopped
+    console.print(f"results: {experiment.folder.results}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())

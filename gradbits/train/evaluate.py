@@ -1,0 +1,46 @@
+"""How well a network does on its test set."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from gradbits.train.interrupt import StopRequest
+from gradbits.train.network import Network
+from gradbits.train.tasks import Task
+
+
+@torch.no_grad()
+def evaluate(network: Network, task: Task, seed: int, stop: StopRequest | None = None) -> float:
+    """Return the test metric: the share of right answers, or bits per byte.
+
+    The random generators are left as they were, so that testing more or less often changes nothing in the training.
+
+    Args:
+        network: put into evaluation mode meanwhile.
+        task: has the test set.
+        seed: for whatever rounds stochastically while testing.
+        stop: looked at after each batch.
+
+    Raises:
+        Interrupted: a stop was requested.
+    """
+    cuda = [network.device] if network.device.type == "cuda" else []
+    right, count, nats = 0, 0, 0.0
+    was_training = network.model.training
+    network.model.eval()
+    try:
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(seed)
+            for batch in task.test_batches():
+                if stop is not None:
+                    stop.check()
+                batch = batch.to(network.device)
+                loss, logits = network.forward(batch)
+                right += int((logits.argmax(1) == batch.targets).sum())
+                nats += loss.item() * len(batch.targets)
+                count += len(batch.targets)
+    finally:
+        network.model.train(was_training)
+    return right / count if task.metric == "test_accuracy" else nats / count / math.log(2)

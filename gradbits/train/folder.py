@@ -1,0 +1,151 @@
+"""The folder of a run: what is in it, when it may be used, and the options stored there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradbits.core.errors import ArgumentError, CorruptDataError, GradbitsError
+from gradbits.core.files import write_atomically
+from gradbits.train.entry import Entry
+from gradbits.train.options import TrainOptions
+
+FORMAT = "gradbits-run"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folder:
+    """Paths of a run.
+
+    Args:
+        root: the folder that receives everything.
+    """
+
+    root: Path
+
+    @property
+    def options(self) -> Path:
+        """The options that the run was started with."""
+        return self.root / "options.json"
+
+    @property
+    def log(self) -> Path:
+        """A JSON object a line."""
+        return self.root / "log.jsonl"
+
+    @property
+    def results(self) -> Path:
+        """A list of records."""
+        return self.root / "results.json"
+
+    @property
+    def curves(self) -> Path:
+        """A picture of losses and test results."""
+        return self.root / "curves.png"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.root / "checkpoints"
+
+    @property
+    def reports(self) -> Path:
+        """The folder of the reports: what was quantized in each network and what was not, and why."""
+        return self.root / "reports"
+
+    def checkpoint(self, index: int, entry: Entry, seed: int) -> Path:
+        """The checkpoint of one network; ``index`` keeps labels apart that look alike as file names."""
+        return self.checkpoints / f"{index}-{entry.slug}-seed{seed}.pt"
+
+    def clear(self) -> None:
+        """Remove what an earlier run left here, and nothing else."""
+        for path in (self.options, self.log, self.results, self.curves):
+            path.unlink(missing_ok=True)
+        for folder in (self.checkpoints, self.reports):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def open_folder(
+    out: Path | None, options: TrainOptions, *, resume: bool, overwrite: bool, base: Path = Path("runs")
+) -> tuple[Folder, TrainOptions]:
+    """Return the folder of a run and its resolved options; a resumed run takes those it was started with.
+
+    Args:
+        out: the folder; None makes a fresh one under ``base``.
+        options: as given.
+        resume: go on with the run in ``out``.
+        overwrite: start again in ``out`` although there is something in it.
+
+    Raises:
+        ArgumentError: ``out`` is not empty, or not a run to resume, or was started with other options.
+        CorruptDataError: the stored options are damaged.
+    """
+    if resume and overwrite:
+        raise ArgumentError("resume=True: cannot be combined with overwrite=True")
+    if resume:
+        if out is None:
+            raise ArgumentError("out=None: name the folder of the run to resume: --out DIR --resume")
+        folder = Folder(root=out)
+        if not folder.options.is_file():
+            raise ArgumentError(f"out={str(out)!r}: there is no run to resume: options.json is missing")
+        return folder, options.merged(TrainOptions.from_dict(read_run(folder)["options"]))
+    resolved = options.resolved()  # before anything is made or removed
+    try:
+        folder = Folder(root=out if out is not None else _fresh(base, f"{resolved.data}-{resolved.model}"))
+        folder.root.mkdir(parents=True, exist_ok=True)
+        if any(folder.root.iterdir()) and not overwrite:
+            raise ArgumentError(f"out={str(out)!r}: is not empty; use --resume, --overwrite or another folder")
+        folder.clear()
+    except OSError as error:
+        raise GradbitsError(f"{error.filename or out}: cannot be written: {error.strerror or error}") from error
+    return folder, resolved
+
+
+def write_run(folder: Folder, options: TrainOptions, fingerprint: str, command: str) -> None:
+    """Store what a resumed run must know."""
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "options": options.to_dict(),
+        "data_fingerprint": fingerprint,
+        "command": command,
+    }
+    write_atomically(folder.options, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+
+
+def read_run(folder: Folder) -> dict[str, Any]:
+    """Return what ``write_run`` stored.
+
+    Raises:
+        CorruptDataError: the file is damaged, of another program, or of a later version.
+    """
+    path = folder.options
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CorruptDataError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CorruptDataError(f"{path}: does not describe a run of gradbits")
+    if content.get("version") != VERSION:
+        raise CorruptDataError(f"{path}: has format version {content.get('version')!r}; this version reads {VERSION}")
+    if not isinstance(content.get("options"), dict):
+        raise CorruptDataError(f"{path}: holds no options")
+    return content
+
+
+def _fresh(base: Path, name: str) -> Path:
+    base.mkdir(parents=True, exist_ok=True)
+    for number in range(1, 100_000):
+        path = base / f"{number:03d}-{name}"
+        try:
+            # numbers are given out by making the folder, so two runs started together do not meet
+            if not any(base.glob(f"{number:03d}-*")):
+                path.mkdir()
+                return path
+        except FileExistsError:
+            continue
+    raise GradbitsError(f"{base}: has no free number for a further run")

@@ -1,0 +1,166 @@
+"""One network in training: model, optimizer, schedule and companions, built from the options and a seed."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gradbits.core.errors import CorruptDataError
+from gradbits.train.companion import Companion
+from gradbits.train.entry import Entry
+from gradbits.train.models import build_model
+from gradbits.train.options import TrainOptions
+from gradbits.train.tasks import Batch, Task
+
+WARMUP = 0.05  # share of the steps over which a cosine schedule rises
+
+
+@dataclass(kw_only=True)
+class Network:
+    """A model with everything that moves it.
+
+    Args:
+        entry: what it is.
+        model, optimizer, scheduler: as in any PyTorch program.
+        companions: act after each step, in this order.
+        device: where the batches go.
+    """
+
+    entry: Entry
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    device: torch.device
+    companions: list[Companion] = field(default_factory=list)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context of the forward pass: bfloat16 for ``bf16``, nothing otherwise."""
+        if self.entry.recipe == "bf16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the mean cross-entropy in nats and the logits [N, classes] of a batch."""
+        with self.autocast():
+            logits = self.model(batch.inputs).flatten(0, -2)
+            return F.cross_entropy(logits.float(), batch.targets), logits
+
+    def step(self, batch: Batch, step: int) -> tuple[float, int]:
+        """Make one training step.
+
+        Args:
+            batch: on the network's device.
+            step: its number, from 1.
+
+        Returns:
+            The mean loss in nats and the number of right answers.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, logits = self.forward(batch)
+        loss.backward()
+        self.optimizer.step()
+        self.scheduler.step()
+        for companion in self.companions:
+            companion.after_step(step)
+        return loss.item(), int((logits.argmax(1) == batch.targets).sum())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that a resumed run needs, the random generators' states included."""
+        state: dict[str, Any] = {
+            "model": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "companions": [companion.state_dict() for companion in self.companions],
+            "rng": torch.get_rng_state(),
+        }
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any], source: str = "state") -> None:
+        """Take a state that ``state_dict`` returned.
+
+        Args:
+            state: of a network built from the same options.
+            source: the file it came from, for the message.
+
+        Raises:
+            CorruptDataError: it belongs to another network.
+        """
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            for companion, stored in zip(self.companions, state["companions"], strict=True):
+                companion.load_state_dict(stored)
+            torch.set_rng_state(state["rng"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CorruptDataError(f"{source}: does not fit network {self.entry.label!r}: {reason}") from error
+
+
+def build_network(entry: Entry, options: TrainOptions, task: Task, seed: int, total_steps: int) -> Network:
+    """Return a network at step 0; the seed alone decides the initial weights, whatever the entry.
+
+    Args:
+        entry: which network.
+        options: resolved.
+        task: says what the model must take and return.
+        seed: for the initial weights, and afterwards for the noise of the quantizers.
+        total_steps: length of the schedule.
+
+    Raises:
+        ArgumentError: a model, recipe or override that is not legal.
+    """
+    device = torch.device(options.device or "cpu")
+    torch.manual_seed(seed)
+    model = build_model(options.model or "", task.model_arguments(), options.model_options()).to(device)
+    torch.manual_seed(seed)  # so that models that draw more or fewer initial weights train with the same noise
+    if not entry.is_float:
+        import gradbits
+
+        recipe = gradbits.recipe(entry.recipe).with_overrides(dict(entry.overrides))
+        gradbits.quantize_(model, recipe, compute=options.compute or "auto")
+    optimizer = _optimizer(model, options)
+    companions: list[Companion] = []
+    if not entry.is_float:
+        from gradbits.optim import attach_companion_
+
+        if isinstance(handle := attach_companion_(optimizer, model), Companion):
+            companions.append(handle)
+    cosine = options.schedule == "cosine"
+    schedule = partial(_cosine, total=total_steps) if cosine else _constant
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    return Network(
+        entry=entry, model=model, optimizer=optimizer, scheduler=scheduler, device=device, companions=companions
+    )
+
+
+def _optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    lr, decay = options.lr or 0.0, options.weight_decay or 0.0
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=decay)
+    kind = torch.optim.Adam if options.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, lr=lr, weight_decay=decay)
+
+
+def _constant(step: int) -> float:
+    return 1.0
+
+
+def _cosine(step: int, total: int) -> float:
+    """The share of the learning rate at ``step``: a linear rise to 1, then half a cosine to 0 at ``total``."""
+    warmup = math.ceil(WARMUP * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
