@@ -99,10 +99,10 @@ def train(
     try:
         experiment.run()
     except Interrupted as stopped:
-        again = shlex.join([*program, "train", "--out", str(experiment.folder.root), "--resume"])
+        again = shlex.join([*program, "train", "--out", str(experiment.folder().root), "--resume"])
         console.print(f"stopped, the state is saved; to go on: {again}", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(128 + stopped.signal) from stopped
-    console.print(f"results: {experiment.folder.results}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"results: {experiment.folder().results}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _split(text: str) -> tuple[str, ...]:

@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from gradbits.core.errors import CorruptDataError, MissingDependencyError
+from gradbits.core.errors import ArgumentError, CorruptDataError, MissingDependencyError
 from gradbits.core.files import write_atomically
 from gradbits.train.checkpoint import load_checkpoint
 from gradbits.train.datasets import TEXT_SETS, load_data
 from gradbits.train.entry import Entry
-from gradbits.train.folder import Folder, open_folder, read_run, write_run
+from gradbits.train.folder import Folder, check_usable, claim, open_run, read_run, write_run
 from gradbits.train.interrupt import StopRequest, stop_on_signals
 from gradbits.train.log import Log
 from gradbits.train.loop import Plan, Position, read_position, restore, train
@@ -64,12 +64,29 @@ class Experiment:
         command: str = "",
         console: Console | None = None,
     ) -> None:
-        self.folder, self.options = open_folder(
-            None if out is None else Path(out), options, resume=resume, overwrite=overwrite
-        )
+        if resume and overwrite:
+            raise ArgumentError("resume=True: cannot be combined with overwrite=True")
+        self.out = None if out is None else Path(out)
+        self.overwrite = overwrite
+        self._folder: Folder | None = None  # a new run gets its folder when nothing about it can be refused any more
+        if resume:
+            self._folder, self.options = open_run(self.out, options)
+        else:
+            check_usable(self.out, overwrite)
+            self.options = options.resolved()
         self.resumed = resume
         self.command = command
         self.console = console or Console(quiet=True)
+
+    def folder(self) -> Folder:
+        """Return the folder of the run.
+
+        Raises:
+            ArgumentError: a new run has none before its first step.
+        """
+        if self._folder is None:
+            raise ArgumentError(f"out={self.out!s}: this run has not begun, so it has no folder")
+        return self._folder
 
     def run(self) -> list[Record]:
         """Train and measure; return a record for each network.
@@ -79,23 +96,26 @@ class Experiment:
             Interrupted: SIGINT or SIGTERM came; the state has been saved.
         """
         with _threads(self.options.threads or 1), stop_on_signals() as stop:
-            self._prepare()
-            ends = self._train_all(stop)
-            if self.resumed and self.folder.results.is_file():
-                records = load_results(self.folder.results)
+            folder = self._prepare()
+            ends = self._train_all(folder, stop)
+            if self.resumed and folder.results.is_file():
+                records = load_results(folder.results)
             else:
                 records = self._measure_all(ends, stop)
-                save_results(self.folder.results, records)
+                save_results(folder.results, records)
         title = f"{self.options.data}, {self.options.model}"
         try:
-            draw_log(self.folder.log, self.folder.curves, title)
+            draw_log(folder.log, folder.curves, title)
         except MissingDependencyError as error:
-            self.console.print(f"no {self.folder.curves.name}: {error}", markup=False, highlight=False)
+            self.console.print(f"no {folder.curves.name}: {error}", markup=False, highlight=False)
         self.console.print(results_table(records))
         return records
 
-    def _prepare(self) -> None:
-        """Load the data and build every network once: what is wrong is refused now, not after hours of training."""
+    def _prepare(self) -> Folder:
+        """Load the data, build every network once, and only then make the folder.
+
+        So what is wrong is refused before anything is written, and not after hours in the networks before it.
+        """
         options = self.options
         data = load_data(
             options.data or "",
@@ -108,38 +128,38 @@ class Experiment:
         self.fingerprint = data.fingerprint()
         self.total = options.steps or (options.epochs or 1) * self.task.steps_per_epoch
         entries = options.entries()
-        self.jobs = [
-            Job(entry=entry, seed=seed, checkpoint=self.folder.checkpoint(index, entry, seed))
-            for seed in options.seeds or ()
-            for index, entry in enumerate(entries, start=1)
-        ]
-        for job in self.jobs[: len(entries)]:
-            network = self._build(job)
-            if not job.entry.is_float:
-                _write_report(self.folder, job, network.model)
-        if self.resumed:
-            stored = read_run(self.folder)
+        seeds = options.seeds or ()
+        networks = [self._build(entry, seeds[0]) for entry in entries]
+        if self._folder is not None:
+            folder, stored = self._folder, read_run(self._folder)
             if stored.get("data_fingerprint") != self.fingerprint:
-                raise CorruptDataError(
-                    f"data {options.data!r}: is not what the run in {self.folder.root} was started with"
-                )
+                raise CorruptDataError(f"data {options.data!r}: is not what the run in {folder.root} was started with")
             self.command = str(stored.get("command", self.command))
         else:
-            write_run(self.folder, options, self.fingerprint, self.command)
+            folder = self._folder = claim(self.out, f"{options.data}-{options.model}", self.overwrite)
+            write_run(folder, options, self.fingerprint, self.command)
+            for index, network in enumerate(networks, start=1):
+                if not network.entry.is_float:
+                    _write_report(folder.report(index, network.entry), network.model)
+        self.jobs = [
+            Job(entry=entry, seed=seed, checkpoint=folder.checkpoint(index, entry, seed))
+            for seed in seeds
+            for index, entry in enumerate(entries, start=1)
+        ]
         self.console.print(
-            f"{options.data}, {options.model}: {self.total} steps for each network; everything goes to"
-            f" {self.folder.root}",
+            f"{options.data}, {options.model}: {self.total} steps for each network; everything goes to {folder.root}",
             highlight=False,
             soft_wrap=True,
         )
+        return folder
 
-    def _build(self, job: Job) -> Network:
-        return build_network(job.entry, self.options, self.task, job.seed, self.total)
+    def _build(self, entry: Entry, seed: int) -> Network:
+        return build_network(entry, self.options, self.task, seed, self.total)
 
     def _identity(self, job: Job) -> dict[str, object]:
         return {"network": job.entry.label, "seed": job.seed, "steps": self.total, "data": self.fingerprint}
 
-    def _train_all(self, stop: StopRequest) -> list[Position]:
+    def _train_all(self, folder: Folder, stop: StopRequest) -> list[Position]:
         """Train what is not trained yet, one network after the other; the log is cut back to the latest checkpoint."""
         ends: list[Position] = []
         for job in self.jobs:
@@ -148,13 +168,13 @@ class Experiment:
                 position = read_position(load_checkpoint(job.checkpoint), job.checkpoint, self._identity(job))
             if position is None or not position.step == position.tested == self.total:
                 keep = position.log_bytes if position else ends[-1].log_bytes if ends else 0
-                position = self._train(job, keep, position is not None, stop)
+                position = self._train(job, folder.log, keep, position is not None, stop)
             ends.append(position)
         return ends
 
-    def _train(self, job: Job, keep: int, has_checkpoint: bool, stop: StopRequest) -> Position:
+    def _train(self, job: Job, log_path: Path, keep: int, has_checkpoint: bool, stop: StopRequest) -> Position:
         options, reporter = self.options, make_reporter(self.console)
-        network = self._build(job)
+        network = self._build(job.entry, job.seed)
         position = restore(network, job.checkpoint, self._identity(job)) if has_checkpoint else None
         plan = Plan(
             seed=job.seed,
@@ -166,7 +186,7 @@ class Experiment:
         label = job.entry.label if len(options.seeds or ()) == 1 else f"{job.entry.label} seed {job.seed}"
         reporter.start(label, self.total, position.step if position else 0)
         try:
-            with Log(self.folder.log, keep=keep, common={"network": job.entry.label, "seed": job.seed}) as log:
+            with Log(log_path, keep=keep, common={"network": job.entry.label, "seed": job.seed}) as log:
                 return train(
                     network,
                     self.task,
@@ -188,7 +208,7 @@ class Experiment:
             group = [(job, end) for job, end in zip(self.jobs, ends, strict=True) if job.seed == seed]
             networks = []
             for job, _ in group:
-                network = self._build(job)
+                network = self._build(job.entry, job.seed)
                 restore(network, job.checkpoint, self._identity(job))
                 networks.append(network)
             costs = measure(networks, self.task, seed, stop)
@@ -214,11 +234,10 @@ def _test_every(options: TrainOptions, task: Task, total: int) -> int:
     return task.steps_per_epoch
 
 
-def _write_report(folder: Folder, job: Job, model: nn.Module) -> None:
+def _write_report(path: Path, model: nn.Module) -> None:
     from gradbits import report
 
     text = f"{report(model)}\n"
-    path = folder.reports / f"{job.checkpoint.stem.rpartition('-seed')[0]}.txt"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 

@@ -61,6 +61,10 @@ class Folder:
         """The checkpoint of one network; ``index`` keeps labels apart that look alike as file names."""
         return self.checkpoints / f"{index}-{entry.slug}-seed{seed}.pt"
 
+    def report(self, index: int, entry: Entry) -> Path:
+        """The report of one network."""
+        return self.reports / f"{index}-{entry.slug}.txt"
+
     def clear(self) -> None:
         """Remove what an earlier run left here, and nothing else."""
         for path in (self.options, self.log, self.results, self.curves):
@@ -69,40 +73,60 @@ class Folder:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def open_folder(
-    out: Path | None, options: TrainOptions, *, resume: bool, overwrite: bool, base: Path = Path("runs")
-) -> tuple[Folder, TrainOptions]:
-    """Return the folder of a run and its resolved options; a resumed run takes those it was started with.
-
-    Args:
-        out: the folder; None makes a fresh one under ``base``.
-        options: as given.
-        resume: go on with the run in ``out``.
-        overwrite: start again in ``out`` although there is something in it.
+def check_usable(out: Path | None, overwrite: bool) -> None:
+    """Refuse a folder that a new run may not use; nothing is made or removed.
 
     Raises:
-        ArgumentError: ``out`` is not empty, or not a run to resume, or was started with other options.
-        CorruptDataError: the stored options are damaged.
+        ArgumentError: it is a file, or not empty and ``overwrite`` is False.
     """
-    if resume and overwrite:
-        raise ArgumentError("resume=True: cannot be combined with overwrite=True")
-    if resume:
-        if out is None:
-            raise ArgumentError("out=None: name the folder of the run to resume: --out DIR --resume")
-        folder = Folder(root=out)
-        if not folder.options.is_file():
-            raise ArgumentError(f"out={str(out)!r}: there is no run to resume: options.json is missing")
-        return folder, options.merged(TrainOptions.from_dict(read_run(folder)["options"]))
-    resolved = options.resolved()  # before anything is made or removed
+    if out is None or not out.exists():
+        return
+    if not out.is_dir():
+        raise ArgumentError(f"out={str(out)!r}: is a file; must be a folder")
+    if any(out.iterdir()) and not overwrite:
+        raise ArgumentError(f"out={str(out)!r}: is not empty; use --resume, --overwrite or another folder")
+
+
+def claim(out: Path | None, name: str, overwrite: bool, base: Path = Path("runs")) -> Folder:
+    """Make the folder of a new run, or clear the one of an earlier run.
+
+    Args:
+        out: the folder; None makes a fresh one under ``base``, numbered and with ``name``.
+        name: for a fresh folder.
+        overwrite: whether the folder may hold something.
+        base: where fresh folders go.
+
+    Raises:
+        ArgumentError: see ``check_usable``.
+        GradbitsError: it cannot be written.
+    """
+    check_usable(out, overwrite)
     try:
-        folder = Folder(root=out if out is not None else _fresh(base, f"{resolved.data}-{resolved.model}"))
+        folder = Folder(root=out if out is not None else _fresh(base, name))
         folder.root.mkdir(parents=True, exist_ok=True)
-        if any(folder.root.iterdir()) and not overwrite:
-            raise ArgumentError(f"out={str(out)!r}: is not empty; use --resume, --overwrite or another folder")
         folder.clear()
     except OSError as error:
         raise GradbitsError(f"{error.filename or out}: cannot be written: {error.strerror or error}") from error
-    return folder, resolved
+    return folder
+
+
+def open_run(out: Path | None, options: TrainOptions) -> tuple[Folder, TrainOptions]:
+    """Return the folder of a run to resume and the options that it was started with.
+
+    Args:
+        out: the folder.
+        options: as given now; must not ask for anything else.
+
+    Raises:
+        ArgumentError: there is no run, or it was started with other options.
+        CorruptDataError: the stored options are damaged.
+    """
+    if out is None:
+        raise ArgumentError("out=None: name the folder of the run to resume: --out DIR --resume")
+    folder = Folder(root=out)
+    if not folder.options.is_file():
+        raise ArgumentError(f"out={str(out)!r}: there is no run to resume: options.json is missing")
+    return folder, options.merged(TrainOptions.from_dict(read_run(folder)["options"]))
 
 
 def write_run(folder: Folder, options: TrainOptions, fingerprint: str, command: str) -> None:

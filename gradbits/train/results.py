@@ -114,7 +114,7 @@ def results_table(records: Sequence[Record]) -> Table:
     seeds = len(next(iter(groups.values())))
     title = f"{first['data']}, {first['model']}, {first['steps']} steps, {seeds} seed{'s' if seeds > 1 else ''}"
     # no lines between the columns and short headings: it has to fit into 80 characters
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("network", overflow="fold")
     quality_heading = "test accuracy" if accuracy else "bits per byte"
     for heading in (quality_heading, "vs fp32", "step", "vs fp32", "saved for\nbackward", "bits per\ngradient"):

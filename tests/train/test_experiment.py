@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ SMALL = TrainOptions(
     save_every=3,
     threads=1,
 )
+TINIEST = TrainOptions(model="mlp", networks=("fp32",), limit=128, steps=2, threads=1)
 TIMES = ("step_ms", "step_ms_median", "seconds")
 
 
@@ -122,10 +124,9 @@ def test_seeds_differ(whole):
 
 
 def test_a_finished_run_is_shown_again_and_not_repeated(tmp_path, monkeypatch):
-    options = TrainOptions(model="mlp", networks=("fp32",), limit=128, steps=2, threads=1)
-    records = Experiment(options, out=tmp_path).run()
+    records = Experiment(TINIEST, out=tmp_path).run()
     monkeypatch.setattr(Network, "step", lambda *_: pytest.fail("trained again"))
-    assert Experiment(options, out=tmp_path, resume=True).run() == records
+    assert Experiment(TINIEST, out=tmp_path, resume=True).run() == records
 
 
 def test_a_folder_is_used_only_when_that_is_meant(tmp_path):
@@ -140,8 +141,12 @@ def test_a_folder_is_used_only_when_that_is_meant(tmp_path):
         Experiment(SMALL, out=tmp_path, resume=True, overwrite=True)
     with pytest.raises(ArgumentError, match="--out DIR"):
         Experiment(SMALL, resume=True)
-    Experiment(SMALL, out=tmp_path, overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    assert (tmp_path / "log.jsonl").read_text() == "old"
+    Experiment(TINIEST, out=tmp_path, overwrite=True).run()
+    assert (tmp_path / "mine.txt").read_text() == "keep"
+    assert "old" not in (tmp_path / "log.jsonl").read_text()
+    with pytest.raises(ArgumentError, match="is a file"):
+        Experiment(SMALL, out=tmp_path / "mine.txt", overwrite=True)
 
 
 def test_options_are_checked_before_a_folder_is_touched(tmp_path):
@@ -155,8 +160,15 @@ def test_options_are_checked_before_a_folder_is_touched(tmp_path):
 
 def test_fresh_folders_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = [Experiment(options).folder.root.name for options in (SMALL, SMALL, TrainOptions(model="gpt"))]
-    assert names == ["001-digits-small_cnn", "002-digits-small_cnn", "003-pydoc-gpt"]
+    for number in ("001", "002"):
+        experiment = Experiment(TINIEST)
+        with pytest.raises(ArgumentError, match="not begun"):
+            experiment.folder()
+        experiment.run()
+        assert experiment.folder().root.name == f"{number}-digits-mlp"
+    with pytest.raises(ArgumentError, match="int9"):
+        Experiment(dataclasses.replace(TINIEST, networks=("int9",))).run()
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["001-digits-mlp", "002-digits-mlp"]
 
 
 @pytest.mark.parametrize(
@@ -169,8 +181,10 @@ def test_fresh_folders_are_numbered(tmp_path, monkeypatch):
 )
 def test_a_wrong_entry_is_refused_before_the_first_step(tmp_path, monkeypatch, networks, named):
     monkeypatch.setattr(Network, "step", lambda *_: pytest.fail("trained"))
+    (tmp_path / "log.jsonl").write_text("old")
     with pytest.raises(ArgumentError, match=named):
-        Experiment(TrainOptions(networks=networks, steps=3), out=tmp_path).run()
+        Experiment(TrainOptions(networks=networks, steps=3), out=tmp_path, overwrite=True).run()
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
 
 
 def test_changed_data_is_noticed(tmp_path):
@@ -205,8 +219,7 @@ def test_without_matplotlib_the_run_says_so_and_goes_on(tmp_path, monkeypatch, c
         raise MissingDependencyError("curves need matplotlib")
 
     monkeypatch.setattr(module, "draw_log", missing)
-    options = TrainOptions(model="mlp", networks=("fp32",), limit=128, steps=2, threads=1)
-    Experiment(options, out=tmp_path, console=Console()).run()
+    Experiment(TINIEST, out=tmp_path, console=Console()).run()
     assert "no curves.png: curves need matplotlib" in capsys.readouterr().out
     assert (tmp_path / "results.json").is_file()
 
