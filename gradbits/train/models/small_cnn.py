@@ -9,7 +9,7 @@ from torch import nn
 from gradbits.core.checks import check_integer
 
 
-def small_cnn(*, in_channels: int, classes: int, width: int = 32) -> nn.Module:
+def small_cnn(*, in_channels: int, classes: int, width: int = 16) -> nn.Module:
     """Return conv-BN-ReLU four times, global average pooling and a linear classifier; for images from 8 x 8 pixels.
 
     The widths are ``width``, ``2 width``, ``2 width``, ``4 width``; the second and the fourth convolution halve the
