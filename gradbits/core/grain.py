@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
 
 from gradbits.core.checks import check_axis, check_integer
-from gradbits.core.errors import ArgumentError
+from gradbits.core.errors import ArgumentError, DtypeError
 from gradbits.core.spec import Spec
 
 
@@ -53,6 +54,10 @@ class PerChannel(Grain):
 
     axis: int = 1
 
+    def __post_init__(self) -> None:
+        if isinstance(self.axis, bool) or not isinstance(self.axis, int):
+            raise DtypeError(f"{type(self).__name__}.axis={self.axis!r}: must be an integer")
+
     def _axis(self, dim: int) -> int:
         return check_axis(self.axis, f"{type(self).__name__}.axis", dim)
 
@@ -77,6 +82,7 @@ class PerRow(PerChannel):
     axis: int = 0
 
     def __post_init__(self) -> None:
+        PerChannel.__post_init__(self)
         if self.axis != 0:
             raise ArgumentError(f"PerRow.axis={self.axis!r}: rows run along axis 0; use PerChannel(axis={self.axis})")
 
@@ -121,7 +127,7 @@ def as_grain(value: Grain | str) -> Grain:
     if isinstance(value, Grain):
         return value
     name, _, argument = str(value).partition(":")
-    number = int(argument) if argument.lstrip("-").isdigit() else None
+    number = int(argument) if re.fullmatch(r"-?[0-9]+", argument) else None
     if name == "tensor" and not argument:
         return PerTensor()
     if name == "row" and not argument:

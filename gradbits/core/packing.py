@@ -52,13 +52,17 @@ def unpack_codes(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """Return the first ``count`` signed codes of ``packed`` as a flat int8 tensor.
 
     Raises:
+        DtypeError: ``packed`` is not uint8.
         ArgumentError: ``packed`` is too short for ``count`` codes.
 
     >>> unpack_codes(pack_codes(torch.tensor([1, -2, 0], dtype=torch.int8), 2), 2, 3).tolist()
     [1, -2, 0]
     """
+    if packed.dtype != torch.uint8:
+        raise DtypeError(f"packed: dtype {packed.dtype} is not supported; must be torch.uint8")
     width = packed_width(bits)
     per_byte = 8 // width
+    check_integer(count, "count", 0)
     if packed.numel() * per_byte < count:
         raise ArgumentError(f"packed: {packed.numel()} bytes hold {packed.numel() * per_byte} codes, not {count}")
     if width == 8:

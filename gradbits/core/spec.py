@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, TypeVar
 
 from gradbits.core.errors import ArgumentError
@@ -27,8 +27,10 @@ class Spec:
         """Return the spec that ``data`` describes.
 
         Raises:
-            ArgumentError: an unknown type or field.
+            ArgumentError: an unknown type or field, a field that is missing, or a value that is not legal.
         """
+        if not isinstance(data, dict):
+            raise ArgumentError(f"{data!r}: must be a dict with the key 'type'")
         spec = _decode(data)
         if not isinstance(spec, cls):
             raise ArgumentError(f"type={data.get('type')!r}: must be a {cls.__name__}")
@@ -40,8 +42,16 @@ class Spec:
 
     @classmethod
     def from_json(cls: type[S], text: str) -> S:
-        """Return the spec that ``text`` describes."""
-        return cls.from_dict(json.loads(text))
+        """Return the spec that ``text`` describes.
+
+        Raises:
+            ArgumentError: ``text`` is not JSON, or as in ``from_dict``.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ArgumentError(f"text={text!r}: is not JSON: {error}") from None
+        return cls.from_dict(data)
 
 
 def _encode(value: Any) -> Any:
@@ -59,13 +69,19 @@ def _decode(value: Any) -> Any:
         return value
     known: dict[str, type[Spec]] = {c.__name__: c for c in _subclasses(Spec)}
     name = value.get("type")
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ArgumentError(f"type={name!r}: no such spec; known are {', '.join(sorted(known))}")
     legal = {f.name for f in fields(known[name])}
     given = {k: _decode(v) for k, v in value.items() if k != "type"}
     if unknown := sorted(set(given) - legal):
         raise ArgumentError(f"{name}.{unknown[0]}: no such field; legal are {', '.join(sorted(legal))}")
+    if missing := sorted(f.name for f in fields(known[name]) if _is_required(f) and f.name not in given):
+        raise ArgumentError(f"{name}.{missing[0]}: is missing")
     return known[name](**given)
+
+
+def _is_required(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 def _subclasses(cls: type[Spec]) -> list[type[Spec]]:
