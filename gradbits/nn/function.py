@@ -4,115 +4,22 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from gradbits.core.errors import DoubleBackwardError, NonFiniteError
-from gradbits.core.noise import NoiseKey
+from gradbits.core.errors import DoubleBackwardError
+from gradbits.core.packing import packed_width
 from gradbits.core.qtensor import QTensor
-from gradbits.nn.bilinear import Bilinear
-from gradbits.quantizers.quantizer import Quantizer
-from gradbits.quantizers.ranges import State
-from gradbits.recipes.recipe import Recipe
+from gradbits.nn.call import ON_NONFINITE, Call, quantizer_of
+from gradbits.nn.saved import Saver
 
-ON_NONFINITE = ("propagate", "raise", "skip")
-# one stream per use: no two uses of a layer's tensors share noise
-STREAMS = {
-    ("output", "input"): 0,
-    ("output", "weight"): 1,
-    ("grad_input", "gradient"): 2,
-    ("grad_input", "weight"): 3,
-    ("grad_weight", "gradient"): 4,
-    ("grad_weight", "input"): 5,
-}
+__all__ = ["ON_NONFINITE", "Call", "QuantizedProduct"]
 
 
-@dataclass(frozen=True)
-class Call:
-    """Everything one call of a layer needs besides its tensors.
-
-    Args:
-        products: the layer's three products.
-        recipe: which quantizer serves which operand.
-        state_of: returns the state of an operand's quantizer.
-        compute: ``"auto"``, ``"integer"`` or ``"simulate"``.
-        seed: seed of this call's noise.
-        update: whether range states may change.
-        on_nonfinite: what to do with NaN and Inf.
-        name: the layer's name, for messages.
-        dtype: dtype of the output.
-    """
-
-    products: Bilinear
-    recipe: Recipe
-    state_of: Callable[[str, str], State]
-    compute: str
-    seed: int
-    update: bool
-    on_nonfinite: str
-    name: str
-    dtype: torch.dtype
-
-    def quantize(
-        self, product: str, role: str, value: torch.Tensor, update: bool
-    ) -> tuple[QTensor, torch.Tensor | None]:
-        """Return an operand's codes, and where its gradient passes (None: everywhere)."""
-        q = quantizer_of(self.recipe, product, role)
-        grain = self.products.grain(role, q.grain)
-        q = q if grain is q.grain else replace(q, grain=grain)
-        key = NoiseKey.of(self.seed, STREAMS[product, role]) if q.is_stochastic else None
-        state = self.state_of(product, role)
-        codes, low, high = q.quantize_with_range(value, noise=key, state=state, update=update, compute=self.compute)
-        if self.on_nonfinite == "raise" and not bool(torch.isfinite(codes.scale).all()):
-            raise NonFiniteError(f"{role} of layer {self.name!r} holds NaN or Inf (on_nonfinite='raise')")
-        mask = q.estimator.mask(value, low, high) if role != "gradient" and q.range.can_clip else None
-        return codes, mask
-
-
-def quantizer_of(recipe: Recipe, product: str, role: str) -> Quantizer:
-    """Return the quantizer of an operand."""
-    found: Quantizer = getattr(getattr(recipe, product), role)
-    return found
-
-
-class Saver:
-    """Packs QTensors into what autograd saves, and back: tensors and their meaning apart."""
-
-    def __init__(self) -> None:
-        self.tensors: list[torch.Tensor] = []
-
-    def add(self, q: QTensor | torch.Tensor | None) -> Any:
-        """Store a value's tensors; return the recipe to rebuild it."""
-        if q is None or isinstance(q, torch.Tensor):
-            return self._put(q)
-        return (replace_tensors(q), *(self._put(t) for t in (q.codes, q.scale, q.zero_point, q.offset)))
-
-    def _put(self, tensor: torch.Tensor | None) -> int | None:
-        if tensor is None:
-            return None
-        for index, known in enumerate(self.tensors):
-            if known is tensor:
-                return index
-        self.tensors.append(tensor)
-        return len(self.tensors) - 1
-
-    @staticmethod
-    def get(saved: tuple[torch.Tensor, ...], handle: Any) -> Any:
-        """Return the value that ``add`` described by ``handle``."""
-        if handle is None or isinstance(handle, int):
-            return None if handle is None else saved[handle]
-        blank, *indices = handle
-        codes, scale, zero_point, offset = (None if i is None else saved[i] for i in indices)
-        return replace(blank, codes=codes, scale=scale, zero_point=zero_point, offset=offset)
-
-
-def replace_tensors(q: QTensor) -> QTensor:
-    """Return ``q`` without its tensors: what is left may live on the autograd context."""
-    nothing = torch.empty(0, dtype=torch.int8)
-    return replace(q, codes=nothing, scale=nothing, zero_point=None, offset=None)
+def _packed(value: QTensor | torch.Tensor) -> QTensor | torch.Tensor:
+    """Return codes as small as they may be kept."""
+    return value.pack() if isinstance(value, QTensor) and packed_width(value.bits) < 8 else value
 
 
 def _dense(value: QTensor | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -144,9 +51,9 @@ class QuantizedProduct(torch.autograd.Function):
         saver = Saver()
         ctx.input = ctx.weight = None
         if needs_w:
-            ctx.input = saver.add(_operand(call, "grad_weight", "input", x, used_x))
+            ctx.input = saver.add(_packed(_operand(call, "grad_weight", "input", x, used_x)))
         if needs_x:
-            ctx.weight = saver.add(_operand(call, "grad_input", "weight", weight, used_w))
+            ctx.weight = saver.add(_packed(_operand(call, "grad_input", "weight", weight, used_w)))
         ctx.mask_x = saver.add(mask_x if needs_x else None)
         ctx.mask_w = saver.add(mask_w if needs_w else None)
         ctx.save_for_backward(*saver.tensors)
@@ -222,4 +129,4 @@ def _backward_product(
         and quantizer_of(recipe, product, "gradient") == recipe.grad_input.gradient
     )
     codes = qg if shared and qg is not None else call.quantize(product, "gradient", g, True)[0]
-    return call.products.product(product, codes, operand, dtype=dtype, compute=call.compute), codes
+    return call.products.product(product, codes, operand.unpack(), dtype=dtype, compute=call.compute), codes

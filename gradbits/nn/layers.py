@@ -105,10 +105,10 @@ def init_states(layer: Quantized, recipe: Recipe) -> tuple[QuantizerStates | Non
     known: dict[tuple[str, Quantizer], str] = {}
     for product, role, q in recipe.operands():
         if (role, q) not in known:
+            if not q.init_state(1):
+                continue
             groups = layer.channels(role, q.grain.axis) if isinstance(q.grain, PerChannel) else 1
             initial = q.init_state(groups)
-            if not initial:
-                continue
             known[role, q] = f"{product}_{role}"
             for name, value in initial.items():
                 states.register_buffer(f"{product}_{role}_{name}", value)
@@ -122,7 +122,7 @@ class QuantizedLinear(Quantized, nn.Linear):
     float_class = nn.Linear
 
     def products(self, input_size: tuple[int, ...]) -> Bilinear:
-        return LinearProducts()
+        return LinearProducts(input_size)
 
     def channels(self, role: str, axis: int) -> int:
         sizes = {"input": self.in_features, "gradient": self.out_features}
@@ -132,7 +132,7 @@ class QuantizedLinear(Quantized, nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return ``input`` [..., in_features] times the transposed weight plus the bias."""
         rows = input.reshape(-1, input.shape[-1])
-        y: torch.Tensor = self.run(rows, self.weight, self.bias, ())
+        y: torch.Tensor = self.run(rows, self.weight, self.bias, tuple(input.shape[1:-1]))
         return y.view(*input.shape[:-1], self.out_features)
 
 

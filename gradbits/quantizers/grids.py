@@ -15,12 +15,19 @@ TINY = torch.finfo(torch.float32).tiny  # a smaller scale would have no finite r
 
 @dataclass(frozen=True, kw_only=True)
 class GridValues:
-    """A grid placed on a range: how values become codes and codes become values."""
+    """A grid placed on a range: how values become codes and codes become values.
+
+    Args:
+        code_map: from values to codes.
+        scale, zero_point, offset: from codes to values, see ``QTensor``.
+        rest: the grid of the next digit, which takes what this one leaves; only the last digit rounds stochastically.
+    """
 
     code_map: CodeMap
     scale: torch.Tensor
     zero_point: torch.Tensor | None = None
     offset: torch.Tensor | None = None
+    rest: GridValues | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +50,9 @@ class Grid(Spec):
 
 def _step(width: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scale and reciprocal for ``steps`` steps over ``width``: 0 and 0 where the width is 0."""
-    scale = width / steps
-    scale = torch.where((width > 0) & (scale < TINY), TINY, scale)
-    inverse = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
-    return torch.where(torch.isfinite(width), scale, torch.full_like(scale, float("nan"))), inverse
+    scale = torch.where(width > 0, (width / steps).clamp(min=TINY), width)
+    scale = scale + (width - width)  # adds 0, or NaN where the width is not finite
+    return scale, torch.nan_to_num(scale.reciprocal(), nan=0.0, posinf=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from gradbits.core.checks import check_choice, check_float_tensor
 from gradbits.core.errors import ArgumentError
-from gradbits.core.grain import Grain, PerBlock, PerTensor
+from gradbits.core.grain import Grain, PerBlock, PerChannel, PerTensor
 from gradbits.core.noise import NoiseKey, draw_seed
-from gradbits.core.qtensor import QTensor
+from gradbits.core.qtensor import QTensor, Rotation
 from gradbits.core.spec import Spec
 from gradbits.kernels.dispatch import Request, run
 from gradbits.kernels.quantize import CodeMap, Noise
 from gradbits.quantizers.estimators import STE, StraightThrough
-from gradbits.quantizers.grids import Grid, Symmetric
+from gradbits.quantizers.grids import Grid, GridValues, Symmetric
 from gradbits.quantizers.ranges import AbsMax, RangeRule, State
+from gradbits.quantizers.rotation import RotationRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,9 @@ class Quantizer(Spec):
         range: how the range is chosen.
         rounding: ``"nearest"`` (half to even) or ``"stochastic"`` (unbiased inside the range).
         estimator: how a gradient passes back.
+        rotation: an invertible map that is applied before the grid, or None.
+        rows: what a row is to a scale or rotation that goes by rows: ``"token"``, each row of the matrix that a linear
+            layer multiplies, or ``"sample"``, all tokens of a sequence together; for images both are the sample.
 
     >>> x = torch.tensor([[0.1, -1.0], [2.0, 0.3]])
     >>> Quantizer(grid=Symmetric(bits=4), grain="row").quantize(x).codes.tolist()
@@ -42,6 +46,8 @@ class Quantizer(Spec):
     range: RangeRule = AbsMax()
     rounding: str = "nearest"
     estimator: STE = STE()
+    rotation: RotationRule | None = None
+    rows: str = "token"
 
     def __post_init__(self) -> None:
         if isinstance(self.grain, str):
@@ -49,6 +55,7 @@ class Quantizer(Spec):
 
             object.__setattr__(self, "grain", as_grain(self.grain))
         check_choice(self.rounding, "rounding", ("nearest", "stochastic"))
+        check_choice(self.rows, "rows", ("token", "sample"))
 
     @property
     def bits(self) -> int:
@@ -62,7 +69,8 @@ class Quantizer(Spec):
 
     def init_state(self, groups: int = 1) -> State:
         """Return the state that one layer keeps for this quantizer; empty where it remembers nothing."""
-        return self.range.init_state(groups)
+        turned = {} if self.rotation is None else self.rotation.init_state()
+        return {**self.range.init_state(groups), **turned}
 
     def quantize(
         self,
@@ -72,6 +80,7 @@ class Quantizer(Spec):
         state: State | None = None,
         update: bool = True,
         compute: str = "auto",
+        tokens: int = 1,
     ) -> QTensor:
         """Return ``x`` as integers.
 
@@ -81,12 +90,15 @@ class Quantizer(Spec):
             state: what ``init_state`` returned; needed by a rule that remembers. Never changed by a non-finite ``x``.
             update: whether ``state`` may change.
             compute: which kernel quantizes; all give the same codes.
+            tokens: consecutive rows of ``x`` that make one sample, for ``rows="sample"``.
 
         Raises:
             DtypeError: ``x`` is not a floating-point tensor.
             ArgumentError: the rule remembers, and no state was given.
         """
-        q, _, _ = self.quantize_with_range(x, noise=noise, state=state, update=update, compute=compute)
+        q, _, _ = self.quantize_with_range(
+            x, noise=noise, state=state, update=update, compute=compute, tokens=tokens
+        )
         return q
 
     def quantize_with_range(
@@ -97,23 +109,50 @@ class Quantizer(Spec):
         state: State | None = None,
         update: bool = True,
         compute: str = "auto",
+        tokens: int = 1,
+        axis: int | None = None,
     ) -> tuple[QTensor, torch.Tensor, torch.Tensor]:
-        """Return ``quantize(x)`` and the range (low, high) it used, in the grain's scale shape."""
+        """Return ``quantize(x)`` and the range (low, high) it used, in the grain's scale shape.
+
+        Args:
+            x, noise, state, update, compute, tokens: as for ``quantize``.
+            axis: the axis that the rotation mixes, where the layout of ``x`` is not the usual one.
+        """
         check_float_tensor(x, "x")
         if state is None:
-            if self.range.init_state(1):
-                raise ArgumentError(f"state=None: {type(self.range).__name__} remembers; pass init_state()")
+            if self.init_state(1):
+                what = self.rotation if self.rotation is not None and self.rotation.init_state() else self.range
+                raise ArgumentError(f"state=None: {type(what).__name__} remembers; pass init_state()")
             state = {}
-        x = x.detach()
-        low, high = self.range.limits(x, self.grain, state, update)
-        placed = self.grid.place(low, high)
-        if self.is_stochastic and noise is None:
-            noise = NoiseKey.of(draw_seed())
+        shape, dtype, x = x.shape, x.dtype, x.detach()
+        grouped = tokens > 1 and self.rows == "sample" and self._goes_by_rows and x.dim() > 1
+        if grouped:
+            x = x.reshape(shape[0] // tokens, tokens, *shape[1:]).flatten(1)
+            noise = noise.reshape(x.shape) if isinstance(noise, torch.Tensor) else noise
+        rotation: Rotation | None = None
+        if self.rotation is not None:
+            x, rotation = self.rotation.apply(x, self.rotation.axis if axis is None else axis, self.bits, state)
+        low, high = self.range.limits_on(self.grid, x, self.grain, state, update)
         if not self.is_stochastic:
             noise = None
-        codes = _codes(x, placed.code_map, self.grain, noise, compute)
+        elif noise is None:
+            noise = NoiseKey.of(draw_seed())
+        q = self._digits(x, self.grid.place(low, high), noise, compute)
+        if grouped:
+            q, low, high = _ungroup(q, low, high, shape, tokens)
+            rotation = None if rotation is None else rotation.of_group(tokens)
+        return replace(q, dtype=dtype, rotation=rotation), low, high
+
+    @property
+    def _goes_by_rows(self) -> bool:
+        by_row = isinstance(self.grain, PerChannel) and self.grain.axis == 0
+        return by_row or (self.rotation is not None and self.rotation.axis == 0)
+
+    def _digits(self, x: torch.Tensor, placed: GridValues, noise: Noise, compute: str) -> QTensor:
+        """Return the codes of ``x``; where the grid has several digits, each takes what the ones above it left."""
+        last = placed.rest is None
         q = QTensor(
-            codes=codes,
+            codes=_codes(x, placed.code_map, self.grain, noise if last else None, compute),
             scale=placed.scale,
             bits=self.bits,
             shape=x.shape,
@@ -122,7 +161,10 @@ class Quantizer(Spec):
             zero_point=placed.zero_point,
             offset=placed.offset,
         )
-        return q, low, high
+        if placed.rest is None:
+            return q
+        left = x.float() - q.dequantize(torch.float32)
+        return replace(q, rest=self._digits(left, placed.rest, noise, compute))
 
     def fake_quantize(
         self, x: torch.Tensor, *, noise: Noise = None, state: State | None = None, update: bool = True
@@ -135,9 +177,31 @@ class Quantizer(Spec):
         """
         q, low, high = self.quantize_with_range(x, noise=noise, state=state, update=update)
         expand = self.grain.expand
-        mask = self.estimator.mask(x.detach(), expand(low, x.shape), expand(high, x.shape))
-        out: torch.Tensor = StraightThrough.apply(x, q.dequantize(), mask)
-        return out
+        turned = x if q.rotation is None else q.rotation.forward(x)
+        mask = self.estimator.mask(turned.detach(), expand(low, x.shape), expand(high, x.shape))
+        out: torch.Tensor = StraightThrough.apply(turned, replace(q, rotation=None).dequantize(), mask)
+        return out if q.rotation is None else q.rotation.inverse(out).to(x.dtype)
+
+
+def _ungroup(
+    q: QTensor, low: torch.Tensor, high: torch.Tensor, shape: torch.Size, tokens: int
+) -> tuple[QTensor, torch.Tensor, torch.Tensor]:
+    """Return codes and ranges of samples as those of their tokens."""
+
+    def spread(value: torch.Tensor) -> torch.Tensor:
+        return value.repeat_interleave(tokens, dim=0) if value.shape[0] > 1 else value
+
+    rest = None if q.rest is None else _ungroup(q.rest, low, high, shape, tokens)[0]
+    q = replace(
+        q,
+        codes=q.codes.reshape(shape),
+        scale=spread(q.scale),
+        shape=shape,
+        zero_point=None if q.zero_point is None else spread(q.zero_point),
+        offset=None if q.offset is None else spread(q.offset),
+        rest=rest,
+    )
+    return q, spread(low), spread(high)
 
 
 def _codes(x: torch.Tensor, code_map: CodeMap, grain: Grain, noise: Noise, compute: str) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from gradbits.core.checks import check_number
 from gradbits.core.grain import Grain
 from gradbits.core.spec import Spec
+from gradbits.quantizers.grids import Grid
 
 State = dict[str, torch.Tensor]
 
@@ -54,6 +55,12 @@ class RangeRule(Spec):
             update: whether this call may change the state.
         """
         raise NotImplementedError
+
+    def limits_on(
+        self, grid: Grid, x: torch.Tensor, grain: Grain, state: State, update: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ``limits`` for a rule that sets the range by the grid's steps; the others ignore ``grid``."""
+        return self.limits(x, grain, state, update)
 
 
 @dataclass(frozen=True, kw_only=True)

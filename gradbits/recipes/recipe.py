@@ -107,6 +107,7 @@ so its scale cannot leave the integer product; legal are PerTensor() and PerChan
             check_choice(role, "keep_float", KEEP_FLOAT)
         for product, role, quantizer in self.operands():
             _check_axis(product, role, quantizer)
+        _check_rotations(self)
 
     def operands(self) -> Iterator[tuple[str, str, Quantizer]]:
         """Yield (product, role, quantizer) for every quantized operand."""
@@ -151,6 +152,20 @@ def _check_axis(product: str, role: str, quantizer: Quantizer) -> None:
         f"{product}.{role}.grain={grain}: {why} that axis, so its scale cannot leave the integer product; "
         f"legal are PerTensor() and {legal}"
     )
+
+
+def _check_rotations(recipe: Recipe) -> None:
+    """Refuse a rotation along a contracted axis, unless it is orthogonal and both operands share it."""
+    rotations = {(product, role): q.rotation for product, role, q in recipe.operands()}
+    for (product, role), rotation in rotations.items():
+        if rotation is None or rotation.axis == LEGAL_AXIS[product, role]:
+            continue
+        (other,) = (r for p, r in rotations if p == product and r != role)
+        if not (rotation.orthogonal and rotations[product, other] == rotation):
+            raise ScaleAxisError(
+                f"{product}.{role}.rotation={rotation}: {product} sums over axis {rotation.axis}, so the rotation must "
+                f"be orthogonal and {product}.{other} must have the same; that one has {rotations[product, other]}"
+            )
 
 
 def _parse(value: Any) -> Any:

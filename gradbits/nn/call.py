@@ -1,0 +1,93 @@
+"""One call of a quantized layer: which operand is quantized how, with which state and which noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from gradbits.core.errors import NonFiniteError
+from gradbits.core.noise import NoiseKey
+from gradbits.core.qtensor import QTensor
+from gradbits.nn.bilinear import Bilinear
+from gradbits.quantizers.quantizer import Quantizer
+from gradbits.quantizers.ranges import State
+from gradbits.recipes.recipe import Recipe
+
+ON_NONFINITE = ("propagate", "raise", "skip")
+# one stream per use: no two uses of a layer's tensors share noise
+STREAMS = {
+    ("output", "input"): 0,
+    ("output", "weight"): 1,
+    ("grad_input", "gradient"): 2,
+    ("grad_input", "weight"): 3,
+    ("grad_weight", "gradient"): 4,
+    ("grad_weight", "input"): 5,
+    ("grad_input", "sampling"): 6,
+    ("grad_weight", "sampling"): 7,
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """Everything one call of a layer needs besides its tensors.
+
+    Args:
+        products: the layer's three products.
+        recipe: which quantizer serves which operand.
+        state_of: returns the state of an operand's quantizer.
+        compute: ``"auto"``, ``"integer"`` or ``"simulate"``.
+        seed: seed of this call's noise.
+        update: whether range states may change.
+        on_nonfinite: what to do with NaN and Inf.
+        name: the layer's name, for messages.
+        dtype: dtype of the output.
+    """
+
+    products: Bilinear
+    recipe: Recipe
+    state_of: Callable[[str, str], State]
+    compute: str
+    seed: int
+    update: bool
+    on_nonfinite: str
+    name: str
+    dtype: torch.dtype
+
+    def quantizer(self, product: str, role: str) -> Quantizer:
+        """Return the quantizer of an operand, in this layer's own layout."""
+        q = quantizer_of(self.recipe, product, role)
+        grain = self.products.grain(role, q.grain)
+        return q if grain is q.grain else replace(q, grain=grain)
+
+    def key(self, product: str, use: str) -> NoiseKey:
+        """Return the noise of one use of the layer's tensors."""
+        return NoiseKey.of(self.seed, STREAMS[product, use])
+
+    def quantize(
+        self, product: str, role: str, value: torch.Tensor, update: bool
+    ) -> tuple[QTensor, torch.Tensor | None]:
+        """Return an operand's codes, and where its gradient passes (None: everywhere)."""
+        q = self.quantizer(product, role)
+        codes, low, high = q.quantize_with_range(
+            value,
+            noise=self.key(product, role) if q.is_stochastic else None,
+            state=self.state_of(product, role),
+            update=update,
+            compute=self.compute,
+            tokens=self.products.tokens,
+            axis=None if q.rotation is None else self.products.own_axis(role, q.rotation.axis),
+        )
+        if self.on_nonfinite == "raise" and not bool(torch.isfinite(codes.scale).all()):
+            raise NonFiniteError(f"{role} of layer {self.name!r} holds NaN or Inf (on_nonfinite='raise')")
+        if role == "gradient" or not q.range.can_clip:
+            return codes, None
+        turned = value if codes.rotation is None else codes.rotation.forward(value)
+        return codes, q.estimator.mask(turned, low, high)
+
+
+def quantizer_of(recipe: Recipe, product: str, role: str) -> Quantizer:
+    """Return the quantizer of an operand."""
+    found: Quantizer = getattr(getattr(recipe, product), role)
+    return found

@@ -1,0 +1,61 @@
+"""What a quantized layer keeps for its backward pass: tensors go to autograd, their meaning stays on the context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+
+from gradbits.core.spec import Spec
+
+
+@dataclass(frozen=True)
+class Handle:
+    """A frozen dataclass without its tensors, and where those are."""
+
+    blank: Any
+    held: dict[str, Any]
+
+
+class Saver:
+    """Takes values apart into what ``save_for_backward`` stores and handles that find it again.
+
+    >>> saver = Saver()
+    >>> handle = saver.add(torch.ones(2))
+    >>> Saver.get(tuple(saver.tensors), handle).tolist()
+    [1.0, 1.0]
+    """
+
+    def __init__(self) -> None:
+        self.tensors: list[torch.Tensor] = []
+
+    def add(self, value: Any) -> Any:
+        """Store the tensors of a tensor, a QTensor, or None; return how to find them again."""
+        if value is None or isinstance(value, torch.Tensor):
+            return self._put(value)
+        parts = {f.name: getattr(value, f.name) for f in fields(value)}
+        held = {name: self.add(part) for name, part in parts.items() if _has_tensors(part)}
+        return Handle(replace(value, **dict.fromkeys(held)), held)
+
+    def _put(self, tensor: torch.Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        for index, known in enumerate(self.tensors):
+            if known is tensor:
+                return index
+        self.tensors.append(tensor)
+        return len(self.tensors) - 1
+
+    @staticmethod
+    def get(saved: tuple[torch.Tensor, ...], handle: Any) -> Any:
+        """Return the value that ``add`` described by ``handle``."""
+        if isinstance(handle, Handle):
+            return replace(handle.blank, **{name: Saver.get(saved, h) for name, h in handle.held.items()})
+        return None if handle is None else saved[handle]
+
+
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or (
+        is_dataclass(value) and not isinstance(value, Spec) and not isinstance(value, type)
+    )
