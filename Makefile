@@ -17,13 +17,16 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
+# The native kernels are part of the install: it runs again when their sources change.
+NATIVE := setup.py $(wildcard gradbits/kernels/native/*.cpp gradbits/kernels/native/*.inl gradbits/kernels/native/*.h)
+
 # torch goes first and pinned: a package that depends on it must find it there, not fetch another build.
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch numpy
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE)
 	$(PIP) -e '.[plot]'
 	touch $@
 

@@ -22,6 +22,7 @@ def doctor() -> None:
 
     import gradbits
     from gradbits.kernels import machine
+    from gradbits.kernels.native import describe
 
     console = Console()
     facts = Table(title="This machine", show_header=False)
@@ -34,6 +35,7 @@ def doctor() -> None:
     facts.add_row("devices", ", ".join(machine.devices()))
     compiler = machine.compiler()
     facts.add_row("C++ compiler", compiler or "none: not needed, every kernel below runs without one")
+    facts.add_row("native kernels", describe())
     for package, use in OPTIONAL.items():
         try:
             facts.add_row(package, version(package))

@@ -19,8 +19,10 @@ from gradbits.core.checks import check_choice
 from gradbits.core.errors import FallbackError
 
 BACKENDS = (
+    "gradbits.kernels.native",
     "gradbits.kernels.onednn",
     "gradbits.kernels.quantize",
+    "gradbits.kernels.coding",
     "gradbits.kernels.reference",
     "gradbits.kernels.simulate",
 )

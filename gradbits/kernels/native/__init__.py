@@ -1,0 +1,33 @@
+"""The native backend: kernels in C++ for the processor, compiled at install where a compiler is found.
+
+The environment variable ``GRADBITS_NATIVE`` is read when the first kernel is chosen: ``0`` switches the backend off,
+``portable``, ``avx2`` or ``avx512`` hold it to an instruction set.
+"""
+
+from __future__ import annotations
+
+from gradbits.kernels.dispatch import Kernel, Request
+
+
+def kernels() -> tuple[Kernel, ...]:
+    """Return the kernels of this backend."""
+    from gradbits.kernels.native import library
+    from gradbits.kernels.native.quantize import min_max, quantize
+
+    def why_not(request: Request) -> str | None:
+        if request.device != "cpu":
+            return f"runs on the processor only, not on {request.device}"
+        return library.why_not()
+
+    return (Kernel("quantize", "native", quantize, why_not), Kernel("min_max", "native", min_max, why_not))
+
+
+def describe() -> str:
+    """Return the instruction set of the native kernels and their threads, or why there are none."""
+    from gradbits.kernels.native import library
+
+    found = library.library()
+    if isinstance(found, str):
+        return f"none: {found}"
+    shared = "PyTorch's threads" if found.pooled else "one thread: PyTorch's OpenMP runtime was not found"
+    return f"{found.name}, {shared}"

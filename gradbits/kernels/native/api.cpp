@@ -1,0 +1,47 @@
+// The C interface: what Python calls, which instruction set serves it, and the threads.
+#include "native.h"
+#include "isa.h"
+
+namespace {
+
+typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
+Parallel pool = nullptr;  // the OpenMP entry point of the library that PyTorch has loaded
+
+const Kernels* table(int level) { return level == 2 ? &gb_avx512 : level == 1 ? &gb_avx2 : &gb_portable; }
+
+}  // namespace
+
+void gb_parallel(int threads, void (*body)(void*), void* data) {
+    if (threads > 1 && pool)
+        pool(body, data, (unsigned)threads, 0);
+    else
+        body(data);
+}
+
+#define GB_API __attribute__((visibility("default")))
+
+extern "C" {
+
+GB_API const char* gradbits_stamp() { return GB_STAMP; }
+
+// Threads come from PyTorch's own OpenMP library, whichever that is: a second pool would halve the speed of both.
+GB_API void gradbits_set_pool(void* parallel) { pool = (Parallel)parallel; }
+
+// 2: AVX-512 with VNNI, 1: AVX2, 0: portable.
+GB_API int gradbits_level() {
+#if GB_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma"))
+        return 2;
+    if (__builtin_cpu_supports("avx2")) return 1;
+#endif
+    return 0;
+}
+
+GB_API const char* gradbits_name(int level) { return table(level)->name; }
+
+GB_API int gradbits_quantize(int level, const QuantizeArgs* args) { return table(level)->quantize(args); }
+
+GB_API int gradbits_range(int level, const RangeArgs* args) { return table(level)->range(args); }
+}

@@ -1,0 +1,13 @@
+// The kernels for processors with AVX2.
+#include "native.h"
+#include "isa.h"
+
+#if GB_X86
+#define GB_ISA avx2
+GB_BEGIN("avx2")
+#include "bodies.inl"
+GB_END
+const Kernels gb_avx2 = {"avx2", avx2::quantize, avx2::range};
+#else
+const Kernels gb_avx2 = {};
+#endif

@@ -1,0 +1,15 @@
+// The kernels for processors with AVX-512 and its int8 dot products (VNNI).
+#include "native.h"
+#include "isa.h"
+
+#if GB_X86
+#define GB_ISA avx512
+#define GB_VNNI 1
+GB_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,prefer-vector-width=512")
+#include "bodies.inl"
+GB_END
+#undef GB_VNNI
+const Kernels gb_avx512 = {"avx512_vnni", avx512::quantize, avx512::range};
+#else
+const Kernels gb_avx512 = {};
+#endif

@@ -1,0 +1,8 @@
+// Every kernel body, and the table that makes them known; GB_ISA names the namespace they are compiled in.
+
+namespace GB_ISA {
+namespace {
+#include "quantize.inl"
+#include "range.inl"
+}  // namespace
+}  // namespace GB_ISA

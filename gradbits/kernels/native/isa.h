@@ -1,0 +1,24 @@
+// Macros around the kernel bodies: which instruction set the functions between GB_BEGIN and GB_END may use.
+#pragma once
+
+#define GB_TEXT_(x) #x
+#define GB_TEXT(x) GB_TEXT_(x)
+#define GB_INLINE static inline __attribute__((always_inline))
+
+#if defined(__x86_64__) || defined(__i386__)
+#define GB_X86 1
+#include <immintrin.h>
+#else
+#define GB_X86 0
+#endif
+
+#if !GB_X86
+#define GB_BEGIN(isa)
+#define GB_END
+#elif defined(__clang__)
+#define GB_BEGIN(isa) _Pragma(GB_TEXT(clang attribute push(__attribute__((target(isa))), apply_to = function)))
+#define GB_END _Pragma("clang attribute pop")
+#else
+#define GB_BEGIN(isa) _Pragma("GCC push_options") _Pragma(GB_TEXT(GCC target(isa)))
+#define GB_END _Pragma("GCC pop_options")
+#endif

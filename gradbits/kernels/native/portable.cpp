@@ -1,0 +1,7 @@
+// The kernels for every other processor: plain C++.
+#include "native.h"
+#include "isa.h"
+
+#define GB_ISA portable
+#include "bodies.inl"
+const Kernels gb_portable = {"portable", portable::quantize, portable::range};

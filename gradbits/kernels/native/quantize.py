@@ -1,0 +1,127 @@
+"""Values to codes, and values to ranges, through the native library."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from gradbits.core.noise import NoiseKey
+from gradbits.kernels.native import library
+from gradbits.kernels.quantize import CodeMap, Noise, memory_order
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+NEAREST, KEYED, EXPLICIT = range(3)
+
+
+class QuantizeArgs(ctypes.Structure):
+    """``QuantizeArgs`` of native.h."""
+
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("outer", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("inner", ctypes.c_int64),
+        ("r", ctypes.c_void_p),
+        ("a", ctypes.c_void_p),
+        ("z", ctypes.c_void_p),
+        ("noise", ctypes.c_void_p),
+        ("low", ctypes.c_float),
+        ("high", ctypes.c_float),
+        ("dtype", ctypes.c_int32),
+        ("mode", ctypes.c_int32),
+        ("k0", ctypes.c_int32),
+        ("k1", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    ]
+
+
+class RangeArgs(ctypes.Structure):
+    """``RangeArgs`` of native.h."""
+
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("low", ctypes.c_void_p),
+        ("high", ctypes.c_void_p),
+        ("outer", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("inner", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    ]
+
+
+def _dense(x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Return ``x`` in a dtype the library reads and without gaps, and its axes in memory order."""
+    if x.dtype not in DTYPES:
+        x = x.to(torch.float32)
+    if x.is_contiguous():
+        return x, tuple(range(x.dim()))
+    order = memory_order(x)
+    return (x.contiguous(), tuple(range(x.dim()))) if order is None else (x, order)
+
+
+def quantize(x: torch.Tensor, code_map: CodeMap, noise: Noise = None) -> torch.Tensor:
+    """Return int8 codes of ``x`` in its shape and memory order, as ``gradbits.kernels.quantize.quantize`` does."""
+    lib = library.loaded()
+    x, order = _dense(x)
+    shape = [x.shape[axis] for axis in order]
+    codes = torch.empty(shape, dtype=torch.int8)
+    total = codes.numel()
+    count, outer = 1, 1
+    for p in (code_map.inverse, code_map.shift, code_map.zero):
+        if p is not None and p.numel() > 1:
+            sizes = [p.shape[axis] for axis in order] if p.dim() == x.dim() else list(p.shape)
+            axis = next(i for i, n in enumerate(sizes) if n > 1)
+            count = sizes[axis]
+            for n in shape[:axis]:
+                outer *= n
+            break
+    keep: list[torch.Tensor] = []
+
+    def pointer(p: torch.Tensor | None) -> int | None:
+        if p is None:
+            return None
+        if p.dtype == torch.float32 and p.numel() == count and p.is_contiguous():
+            return p.data_ptr()
+        keep.append(p.to(torch.float32).reshape(-1).expand(count).contiguous())
+        return keep[-1].data_ptr()
+
+    if total:
+        mode, key, explicit = NEAREST, NoiseKey(0, 0), None
+        if isinstance(noise, NoiseKey):
+            mode, key = KEYED, noise
+        elif noise is not None:
+            mode = EXPLICIT
+            keep.append(noise.to(torch.float32).permute(order).contiguous())
+            explicit = keep[-1].data_ptr()
+        args = QuantizeArgs(
+            x.data_ptr(), codes.data_ptr(), outer, count, total // (outer * count),
+            pointer(code_map.inverse), pointer(code_map.shift), pointer(code_map.zero), explicit,
+            code_map.low, code_map.high, DTYPES[x.dtype], mode, key.k0, key.k1, lib.threads,
+        )  # fmt: skip
+        lib.call("gradbits_quantize", args)
+    if list(order) == sorted(order):
+        return codes
+    return codes.permute(sorted(range(x.dim()), key=order.__getitem__))
+
+
+def min_max(x: torch.Tensor, axis: int | None = None) -> torch.Tensor:
+    """Return minimum and maximum as ``gradbits.kernels.coding.min_max`` does."""
+    lib = library.loaded()
+    x, order = _dense(x)
+    if axis is None:
+        shape: tuple[int, ...] = ()
+        outer, count, inner = 1, 1, x.numel()
+    else:
+        place = order.index(axis)
+        sizes = [x.shape[i] for i in order]
+        shape = (sizes[place],)
+        outer, count = torch.Size(sizes[:place]).numel(), sizes[place]
+        inner = torch.Size(sizes[place + 1 :]).numel()
+    found = torch.empty(2, *shape)
+    low = found.data_ptr()
+    args = RangeArgs(x.data_ptr(), low, low + 4 * count, outer, count, inner, DTYPES[x.dtype], lib.threads)
+    lib.call("gradbits_range", args)
+    return found
