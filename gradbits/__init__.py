@@ -2,7 +2,7 @@
 
 from gradbits import nn, optim, quantizers
 from gradbits.core.qtensor import QTensor
-from gradbits.nn import Report, dequantize_, quantize_, report
+from gradbits.nn import Report, dequantize_, pack_activations, quantize_, report
 from gradbits.recipes import Recipe, recipe, recipes
 
 __version__ = "0.1.0"
@@ -13,6 +13,7 @@ __all__ = [
     "dequantize_",
     "nn",
     "optim",
+    "pack_activations",
     "quantize_",
     "quantizers",
     "recipe",

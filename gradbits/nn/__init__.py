@@ -1,7 +1,8 @@
 """Quantized layers, and the calls that put them into a model."""
 
+from gradbits.nn.activations import pack_activations
 from gradbits.nn.convert import dequantize_, quantize_
 from gradbits.nn.matmul import Matmul
 from gradbits.nn.report import Report, report
 
-__all__ = ["Matmul", "Report", "dequantize_", "quantize_", "report"]
+__all__ = ["Matmul", "Report", "dequantize_", "pack_activations", "quantize_", "report"]
