@@ -173,6 +173,8 @@ class Bilinear:
         r"""Return what the values of code 0 add: (s_a q_a + o_a)(s_b q_b + o_b) has three more products with ones."""
         roles = OPERANDS[product]
         offset_a, offset_b = a.zero_value(), b.zero_value()
+        if offset_a is None and offset_b is None:
+            return ()
         plain = Epilogue(torch.ones((), device=a.codes.device))
         ones_a = self.ones(product, roles[0], a.codes)
         ones_b = self.ones(product, roles[1], b.codes)
