@@ -76,9 +76,9 @@ def matmul(a: torch.Tensor, b: torch.Tensor, epilogue: Epilogue) -> torch.Tensor
     if a.dim() == 2:
         return epilogue.apply_(int_product(a, b))
     lead = a.shape[:-2]
-    parts = [
-        int_product(x, y) for x, y in zip(a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:]), strict=True)
-    ]
+    count = lead.numel()  # a size of -1 would be ambiguous for a tensor without elements
+    matrices = (x.reshape(count, *x.shape[-2:]) for x in (a, b))
+    parts = [int_product(x, y) for x, y in zip(*matrices, strict=True)]
     if not parts:
         parts_tensor = torch.zeros(0, a.shape[-2], b.shape[-1], dtype=torch.int32, device=a.device)
     else:
