@@ -107,8 +107,9 @@ class Affine(Grid):
             return GridValues(code_map=code_map, scale=scale, offset=low + half * scale)
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
         scale, inverse = _step(high - low, steps)
-        # rank of real zero among the codes, from 0 to 2^b - 1, in float64: at 8 bits float32 may miss a tie
-        rank = torch.nan_to_num(-low.double() / scale.double().clamp(min=TINY))
+        # rank of real zero among the codes, from 0 to 2^b - 1, not by way of the rounded scale: that would miss ties
+        width64 = high.double() - low.double()
+        rank = torch.nan_to_num(-low.double() * steps / width64.clamp(min=TINY * steps))
         if self.zero == "nudge":
             rank = torch.floor(rank + 0.5).clamp(0, steps)
         else:
