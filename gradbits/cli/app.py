@@ -14,6 +14,10 @@ VERBS: dict[str, str] = {
     "doctor": "doctor",
     "recipes": "recipes",
     "train": "train",
+    "compress": "storage",
+    "decompress": "storage",
+    "inspect": "storage",
+    "verify": "storage",
 }
 
 

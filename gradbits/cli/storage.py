@@ -1,0 +1,324 @@
+"""``gradbits compress``, ``decompress``, ``inspect`` and ``verify``: models as small checked files."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gradbits.core.errors import ArgumentError, GradbitsError
+
+if TYPE_CHECKING:
+    from gradbits.storage.budget import Fit
+    from gradbits.storage.compress import Progress
+    from gradbits.storage.config import CompressConfig
+
+_OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")]
+_WORKERS = Annotated[int | None, typer.Option(min=1, help="Threads; default: one per processor.")]
+_QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="Print no table and no progress.")]
+
+
+def compress(
+    source: Annotated[
+        Path, typer.Argument(help="Model: safetensors, its index of shards, a folder, or a torch checkpoint.")
+    ],
+    output: Annotated[Path | None, typer.Option("--out", "-o", help="Default: the source with suffix .gbz.")] = None,
+    conv_bits: Annotated[int, typer.Option(help="Codebook bits of convolutions.")] = 8,
+    linear_bits: Annotated[int, typer.Option(help="Codebook bits of linear layers and embeddings.")] = 5,
+    bits: Annotated[
+        list[str] | None,
+        typer.Option(help="GLOB=BITS for single tensors, first match wins; GLOB=keep stores exactly. Repeatable."),
+    ] = None,
+    sparsity: Annotated[
+        float, typer.Option(help="Part of the weights to prune first, least magnitudes; 0 to 1.")
+    ] = 0.0,
+    index_bits: Annotated[
+        int | None, typer.Option(help="Bits of the relative index, 3 to 8; default: cheapest.")
+    ] = None,
+    init: Annotated[str, typer.Option(help="Start of the clustering: linear, density or random.")] = "linear",
+    seed: Annotated[int, typer.Option(help="For --init random.")] = 0,
+    lossless: Annotated[bool, typer.Option("--lossless", help="Keep every tensor exactly.")] = False,
+    coder: Annotated[str, typer.Option(help="For tensors that are kept exactly: huffman or zstd.")] = "huffman",
+    max_size: Annotated[
+        str | None, typer.Option(help="Choose bits per layer for a file of at most this size: 500000, 500KB, 2.5MiB.")
+    ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(help="MODULE:FUNCTION that scores a state dict, higher is better; bits are chosen by it."),
+    ] = None,
+    max_drop: Annotated[float, typer.Option(help="With --calibrate: how much of the score may be lost.")] = 0.0,
+    overwrite: _OVERWRITE = False,
+    workers: _WORKERS = None,
+    quiet: _QUIET = False,
+) -> None:
+    """Compress a model by Deep Compression (shared weights, Huffman codes) and say what was lost."""
+    from gradbits.storage.compress import save_compressed
+    from gradbits.storage.config import CompressConfig
+    from gradbits.storage.files import compress_file
+    from gradbits.storage.sources import open_source
+
+    target = _target(source, output, ".gbz", overwrite)
+    config = CompressConfig(
+        conv_bits=conv_bits,
+        linear_bits=linear_bits,
+        overrides=tuple(_override(one) for one in bits or ()),
+        sparsity=sparsity,
+        index_bits=index_bits,
+        init=init,
+        seed=seed,
+        lossless=lossless,
+        coder=coder,
+    )
+    if max_size is None and calibrate is None:
+        with _progress("compressing", source, quiet) as progress:
+            report = compress_file(source, target, config, workers=workers, progress=progress)
+    else:
+        model = open_source(source)
+        state = dict(model.tensors())
+        fit = _fit(state, config, model.metadata, max_size=max_size, calibrate=calibrate, max_drop=max_drop)
+        with _progress("compressing", source, quiet) as progress:
+            report = save_compressed(
+                state, target, fit.config, metadata=model.metadata, workers=workers, progress=progress
+            )
+        if fit.score is not None and fit.baseline is not None:
+            print(f"score {fit.score:.6g}, uncompressed {fit.baseline:.6g}, {fit.evaluations} evaluations")
+    if not quiet:
+        _table(
+            ("tensor", "dtype", "shape", "coding", "codebook", "sparsity", "ratio", "max error", "rms error"),
+            [
+                (
+                    one.name,
+                    one.dtype,
+                    _shape(one.shape),
+                    one.coding,
+                    _number(one.k, "d"),
+                    _number(None if one.nnz is None else 1 - one.nnz / max(_product(one.shape), 1), ".3f"),
+                    _number(one.original / one.stored if one.stored else None, ".1f"),
+                    f"{one.max_error:.3g}",
+                    f"{one.rms_error:.3g}",
+                )
+                for one in report.tensors
+            ],
+        )
+    print(f"{target}: {report.original:,} bytes of tensors in a file of {report.stored:,} bytes, {report.ratio:.2f}x")
+
+
+def decompress(
+    source: Annotated[Path, typer.Argument(help="The gbz file.")],
+    output: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Default: the source with suffix .safetensors.")
+    ] = None,
+    overwrite: _OVERWRITE = False,
+    workers: _WORKERS = None,
+    quiet: _QUIET = False,
+) -> None:
+    """Turn a gbz file back into ordinary safetensors; a damaged file gives an error and no output."""
+    from gradbits.storage.files import decompress_file
+
+    target = _target(source, output, ".safetensors", overwrite)
+    with _progress("decompressing", source, quiet) as progress:
+        size = decompress_file(source, target, workers=workers, progress=progress)
+    print(f"{target}: {size:,} bytes")
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="The gbz file.")],
+    against: Annotated[Path | None, typer.Option(help="The original model: measure the errors anew.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a figure of bits, sparsity and error per tensor.")] = None,
+) -> None:
+    """Show what a gbz file holds, tensor by tensor: sparsity, codebook, bits per weight, ratio, error."""
+    from gradbits.storage import describe as described
+
+    rows = described.describe(file, against)
+    _table(
+        (
+            "tensor",
+            "dtype",
+            "shape",
+            "coding",
+            "codebook",
+            "sparsity",
+            "bits/weight",
+            "ratio",
+            "max error",
+            "rms error",
+        ),
+        [
+            (
+                one.name,
+                one.dtype,
+                _shape(one.shape),
+                f"{one.coding} ({one.why})" if one.why else one.coding,
+                _number(one.codebook, "d"),
+                _number(one.sparsity, ".3f"),
+                f"{one.bits_per_weight:.2f}",
+                f"{one.ratio:.1f}",
+                f"{one.max_error:.3g}",
+                f"{one.rms_error:.3g}",
+            )
+            for one in rows
+        ],
+    )
+    original = sum(one.original for one in rows if not one.coding.startswith("alias"))
+    size = file.stat().st_size
+    errors = f"measured against {against}" if against else "recorded when it was compressed"
+    print(f"{file}: {original:,} bytes of tensors in a file of {size:,} bytes, {original / size:.2f}x; errors {errors}")
+    if plot is not None:
+        described.plot(rows, plot)
+        print(f"{plot}: figure")
+
+
+def verify(
+    file: Annotated[Path, typer.Argument(help="The gbz file.")],
+    workers: _WORKERS = None,
+    quiet: _QUIET = False,
+) -> None:
+    """Check every byte of a gbz file by decoding every tensor; exit code 2 and one line if it is damaged."""
+    from gradbits.storage.files import verify_file
+
+    with _progress("verifying", file, quiet) as progress:
+        count = verify_file(file, workers=workers, progress=progress)
+    print(f"{file}: {count} tensors, all checksums match")
+
+
+def _fit(
+    state: dict[str, Any],
+    config: CompressConfig,
+    metadata: Any,
+    *,
+    max_size: str | None,
+    calibrate: str | None,
+    max_drop: float,
+) -> Fit:
+    from gradbits.storage.budget import fit_accuracy, fit_size
+
+    if config.lossless:
+        raise ArgumentError("--lossless: leaves no bits to choose; drop it or --max-size and --calibrate")
+    budget = _bytes(max_size) if max_size is not None else None
+    if calibrate is None:
+        assert budget is not None  # the caller asks only if one of the two is given
+        return fit_size(state, budget, config, metadata=metadata)
+    fit = fit_accuracy(state, _function(calibrate), max_drop, config, metadata=metadata)
+    if budget is not None and fit.size > budget:
+        raise ArgumentError(f"--max-size {max_size}: with --max-drop {max_drop:g} the file has {fit.size} bytes")
+    return fit
+
+
+def _function(text: str) -> Any:
+    module, _, name = text.partition(":")
+    if not module or not name:
+        raise ArgumentError(f"--calibrate {text!r}: must be MODULE:FUNCTION, for example evaluation:score")
+    sys.path.insert(0, os.getcwd())  # as `python -m` does, so that a file in the current folder is found
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ArgumentError(f"--calibrate {text!r}: cannot be imported: {error}") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not callable(found):
+        raise ArgumentError(f"--calibrate {text!r}: is a {type(found).__name__}, not a function")
+    return found
+
+
+def _bytes(text: str) -> int:
+    units = {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
+    upper = text.strip().upper()
+    unit = next((one for one in units if upper.endswith(one)), "")
+    try:
+        value = float(upper.removesuffix(unit)) * units.get(unit, 1)
+    except ValueError:
+        value = -1.0
+    if not 1 <= value < 1e18:
+        raise ArgumentError(f"--max-size {text!r}: must be a number of bytes such as 500000, 500KB or 2.5MiB")
+    return int(value)
+
+
+def _override(text: str) -> tuple[str, int | None]:
+    pattern, _, value = text.rpartition("=")
+    if pattern and value == "keep":
+        return pattern, None
+    if not pattern or not value.isdecimal():
+        raise ArgumentError(f"--bits {text!r}: must be GLOB=BITS or GLOB=keep, for example 'head.*=8'")
+    return pattern, int(value)
+
+
+def _target(source: Path, output: Path | None, suffix: str, overwrite: bool) -> Path:
+    name = source.name
+    for ending in (".safetensors.index.json", ".safetensors", ".gbz", ".pt", ".pth", ".bin", ".ckpt"):
+        if name.endswith(ending):
+            name = name.removesuffix(ending)
+            break
+    target = output if output is not None else source.with_name(name + suffix)
+    if target.exists() and source.exists() and target.samefile(source):
+        raise ArgumentError(f"--out {target}: is the source itself; name another file")
+    if target.exists() and not overwrite:
+        raise ArgumentError(f"--out {target}: is there already; give --overwrite or another name")
+    return target
+
+
+@contextmanager
+def _progress(what: str, source: Path, quiet: bool) -> Iterator[Progress | None]:
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=_total(source))
+
+        def advance(name: str, size: int) -> None:
+            bar.update(task, advance=size, description=f"{what} {name[-40:]}")
+
+        yield advance
+
+
+def _total(source: Path) -> int | None:
+    """Bytes of the tensors, as nearly as the file sizes tell; None where only reading would."""
+    from gradbits.storage.reader import GbzFile
+
+    try:
+        if source.suffix == ".gbz":
+            with GbzFile(source) as packed:
+                return sum(entry.nbytes for entry in packed.entries.values())
+        return source.stat().st_size if source.is_file() and source.suffix != ".json" else None
+    except (OSError, GradbitsError):
+        return None  # the error is told by the call that follows
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE, pad_edge=False)
+    for place, title in enumerate(titles):
+        table.add_column(title, justify="left" if place < 4 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console = Console()
+    # a table that does not fit is still whole in a file or a pipe
+    (console if console.is_terminal else Console(width=max(200, console.width))).print(table)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) if shape else "scalar"
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    size = 1
+    for one in shape:
+        size *= one
+    return size
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
