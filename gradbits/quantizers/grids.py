@@ -43,12 +43,23 @@ class Grid(Spec):
     def __post_init__(self) -> None:
         check_bits(self.bits, f"{type(self).__name__}.bits")
 
+    @property
+    def digits(self) -> int:
+        """Codes that one value takes."""
+        return 1
+
+    @property
+    def levels(self) -> tuple[int, int]:
+        """The lowest and the highest code."""
+        half = 1 << (self.bits - 1)
+        return -half, half - 1
+
     def place(self, low: torch.Tensor, high: torch.Tensor) -> GridValues:
         """Return the grid on [``low``, ``high``]; where the range is not finite, the scale is NaN."""
         raise NotImplementedError
 
 
-def _step(width: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+def place_step(width: torch.Tensor, steps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scale and reciprocal for ``steps`` steps over ``width``: 0 and 0 where the width is 0."""
     scale = torch.where(width > 0, (width / steps).clamp(min=TINY), width)
     scale = scale + (width - width)  # adds 0, or NaN where the width is not finite
@@ -64,10 +75,31 @@ class Symmetric(Grid):
     (1.0, -7, 7)
     """
 
+    @property
+    def levels(self) -> tuple[int, int]:
+        largest = (1 << (self.bits - 1)) - 1
+        return -largest, largest
+
     def place(self, low: torch.Tensor, high: torch.Tensor) -> GridValues:
         largest = (1 << (self.bits - 1)) - 1
-        scale, inverse = _step(torch.maximum(-low, high), largest)
+        scale, inverse = place_step(torch.maximum(-low, high), largest)
         return GridValues(code_map=CodeMap(inverse, -largest, largest), scale=scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwosComplement(Grid):
+    r"""All :math:`2^b` codes :math:`-2^{b-1} \dots 2^{b-1}-1` around an exact zero, :math:`s = \max(-l, h)/2^{b-1}`.
+
+    Values above :math:`(2^{b-1}-1)\,s` take the highest code.
+
+    >>> grid = TwosComplement(bits=4).place(torch.tensor([-4.0]), torch.tensor([3.5]))
+    >>> grid.scale.item(), grid.code_map.low, grid.code_map.high
+    (0.5, -8, 7)
+    """
+
+    def place(self, low: torch.Tensor, high: torch.Tensor) -> GridValues:
+        scale, inverse = place_step(torch.maximum(-low, high), 1 << (self.bits - 1))
+        return GridValues(code_map=CodeMap(inverse, *self.levels), scale=scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,21 +134,22 @@ class Affine(Grid):
         half = 1 << (self.bits - 1)
         steps = 2 * half - 1
         if self.zero == "none":
-            scale, inverse = _step(high - low, steps)
+            scale, inverse = place_step(high - low, steps)
             code_map = CodeMap(inverse, -half, half - 1, shift=low, zero=torch.full_like(low, float(-half)))
             return GridValues(code_map=code_map, scale=scale, offset=low + half * scale)
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-        scale, inverse = _step(high - low, steps)
+        scale, inverse = place_step(high - low, steps)
         # rank of real zero among the codes, from 0 to 2^b - 1, not by way of the rounded scale: that would miss ties
         width64 = high.double() - low.double()
         rank = torch.nan_to_num(-low.double() * steps / width64.clamp(min=TINY * steps))
         if self.zero == "nudge":
             rank = torch.floor(rank + 0.5).clamp(0, steps)
         else:
-            # without negative values (or none below one step) there is nothing to align on that side
-            rank = torch.floor(rank).clamp(0, steps)
-            width = torch.where(rank == 0, high.double() / steps, -low.double() / rank.clamp(min=1.0))
-            scale, inverse = _step(width.float() * steps, steps)
+            # the least step for which both ends lie on the grid; any negative value needs a code below zero's
+            rank = torch.maximum(torch.floor(rank), (low < 0).double()).clamp(max=steps)
+            below, above = -low.double() / rank.clamp(min=1.0), high.double() / (steps - rank).clamp(min=1.0)
+            width = torch.maximum(below, above)
+            scale, inverse = place_step((width * steps).float(), steps)
         zero_point = (rank - half).float()
         return GridValues(
             code_map=CodeMap(inverse, -half, half - 1, zero=zero_point), scale=scale, zero_point=zero_point
