@@ -6,7 +6,7 @@ PIP    := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check 
 .PHONY: train test lint clean
 
 train: $(VENV)/.installed
-	$(VENV)/bin/gradbits train --data digits --model small_cnn --compare fp32,bf16,int8_dynamic,unified_int8 --out runs/first --overwrite
+	$(VENV)/bin/gradbits train --data digits --model small_cnn --model-set width=32 --compare fp32,bf16,int8_dynamic,unified_int8 --out runs/first --overwrite
 
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

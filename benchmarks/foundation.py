@@ -21,11 +21,12 @@ import torch
 
 from gradbits.kernels import machine
 
+FOUR = "--compare fp32,bf16,int8_dynamic,unified_int8"
 RUNS = {
-    "digits": "--data digits --model small_cnn --compare fp32,bf16,int8_dynamic,unified_int8 --seeds 0,1,2",
+    "digits": f"--data digits --model small_cnn --model-set width=32 {FOUR} --seeds 0,1,2",
     "fashion_small_cnn": "--data fashion-mnist --model small_cnn --compare fp32,unified_int8 --epochs 3 --seeds 0,1,2",
-    "gpt": "--data pydoc --model gpt --compare fp32,bf16,int8_dynamic,unified_int8 --steps 300",
-    "fashion_resnet20": "--data fashion-mnist --model resnet20 --compare fp32,bf16,int8_dynamic,unified_int8 --epochs 1",
+    "gpt": f"--data pydoc --model gpt {FOUR} --steps 300",
+    "fashion_resnet20": f"--data fashion-mnist --model resnet20 {FOUR} --epochs 1",
 }
 LOGS = Path(__file__).parent / "logs"
 

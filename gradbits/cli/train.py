@@ -48,6 +48,9 @@ def train(
     compute: Annotated[
         str | None, typer.Option(help="auto (default), integer or simulate: how quantized products are computed.")
     ] = None,
+    pack_activations: Annotated[
+        int | None, typer.Option(help="Bits of what autograd keeps for the backward pass, 2 to 8. Default: as it is.")
+    ] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints, besides one at each test.")] = None,
     log_every: Annotated[int | None, typer.Option(help="Steps between lines of log.jsonl. Default: 10.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for everything. Default: a fresh one under runs/.")] = None,
@@ -89,6 +92,7 @@ def train(
         device=device,
         threads=threads,
         compute=compute,
+        pack_activations=pack_activations,
         save_every=save_every,
         log_every=log_every,
     )

@@ -107,6 +107,7 @@ def kernel_table() -> dict[str, tuple[Kernel, ...]]:
     return table
 
 
+@lru_cache(maxsize=4096)
 def choose(op: str, request: Request, compute: str = "auto") -> Kernel:
     """Return the kernel that runs ``op`` for ``request``.
 

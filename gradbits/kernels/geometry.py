@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 
 import torch
@@ -93,7 +94,8 @@ class Phase:
     dilation: Ints
 
 
-def grad_input_phases(geometry: ConvGeometry) -> list[Phase]:
+@lru_cache(maxsize=1024)
+def grad_input_phases(geometry: ConvGeometry) -> tuple[Phase, ...]:
     """Return the convolutions that together give ``grad_input``; positions that no tap meets are in none of them.
 
     Input position h meets output j through tap k where h + p = s j + d k. For h = r mod s the taps are
@@ -122,7 +124,8 @@ def grad_input_phases(geometry: ConvGeometry) -> list[Phase]:
             low, high = (taps - 1) * (d // e) - shift, count - 1 + shift - (o - 1)
             choices.append((slice(r, None, s), slice(first, None, s // e), low, high, d // e))
         per_dim.append(choices)
-    return [Phase(*(tuple(column) for column in zip(*combination, strict=True))) for combination in product(*per_dim)]
+    combinations = product(*per_dim)
+    return tuple(Phase(*(tuple(column) for column in zip(*c, strict=True))) for c in combinations)
 
 
 def phase_weight(w: torch.Tensor, phase: Phase, groups: int) -> torch.Tensor:

@@ -124,6 +124,8 @@ def _group_blocks(groups: int, channels: int) -> list[tuple[int, int]]:
 
 def _dense_weight(w: torch.Tensor, count: int) -> torch.Tensor:
     """Return the weight [count * co, ci, *kernel] of ``count`` groups as the matrix [taps * count * ci, count * co]."""
+    if count == 1:
+        return channels_last(w).view(w.shape[0], -1).t()
     co, ci = w.shape[0] // count, w.shape[1]
     taps = w.shape[2:].numel()
     dense = w.new_zeros(taps, count, ci, count, co)

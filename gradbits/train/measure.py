@@ -86,6 +86,10 @@ def _wait(device: torch.device) -> None:
 
 def _saved(network: Network, batch: Batch) -> int:
     network.model.train()
+    with network.packing() as packed:
+        if packed is not None:
+            network.forward(batch)
+            return packed.tally.after
     return saved_bytes(lambda: network.forward(batch)[0], network.model)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gradbits.core.errors import CorruptDataError
+from gradbits.nn import pack_activations
 from gradbits.train.companion import Companion
 from gradbits.train.entry import Entry
 from gradbits.train.models import build_model
@@ -31,6 +32,7 @@ class Network:
         model, optimizer, scheduler: as in any PyTorch program.
         companions: act after each step, in this order.
         device: where the batches go.
+        pack_bits: bits of what autograd keeps; None packs nothing.
     """
 
     entry: Entry
@@ -39,6 +41,11 @@ class Network:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     device: torch.device
     companions: list[Companion] = field(default_factory=list)
+    pack_bits: int | None = None
+
+    def packing(self) -> pack_activations | contextlib.nullcontext[None]:
+        """Return the context in which the forward pass of a training step runs."""
+        return contextlib.nullcontext() if self.pack_bits is None else pack_activations(bits=self.pack_bits)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context of the forward pass: bfloat16 for ``bf16``, nothing otherwise."""
@@ -63,7 +70,8 @@ class Network:
             The mean loss in nats and the number of right answers.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        loss, logits = self.forward(batch)
+        with self.packing():
+            loss, logits = self.forward(batch)
         loss.backward()
         self.optimizer.step()
         self.scheduler.step()
@@ -141,7 +149,13 @@ def build_network(entry: Entry, options: TrainOptions, task: Task, seed: int, to
     schedule = partial(_cosine, total=total_steps) if cosine else _constant
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     return Network(
-        entry=entry, model=model, optimizer=optimizer, scheduler=scheduler, device=device, companions=companions
+        entry=entry,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        device=device,
+        companions=companions,
+        pack_bits=options.pack_activations,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gradbits.core.checks import check_choice, check_integer, check_number
+from gradbits.core.checks import check_bits, check_choice, check_integer, check_number
 from gradbits.core.errors import ArgumentError, CorruptDataError
 from gradbits.train.datasets import DATA_SETS, TEXT_SETS
 from gradbits.train.entry import FLOAT, Entry, parse_entry, parse_override
@@ -29,7 +29,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
 OTHER_MODEL: dict[str, Any] = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01}
 # data -> (batch size, epochs, steps)
 DATA_DEFAULTS: dict[str, tuple[int, int | None, int | None]] = {
-    "digits": (64, 20, None),
+    "digits": (128, 40, None),
     "fashion-mnist": (128, 3, None),
     "mnist": (128, 2, None),
     "idx": (128, 3, None),
@@ -53,6 +53,7 @@ class TrainOptions:
         schedule: ``cosine`` (rises over the first twentieth, falls to 0) or ``constant``.
         device, threads: where it is computed.
         compute: how products of quantized layers are computed.
+        pack_activations: bits of what autograd keeps, for every network; None packs nothing.
         save_every, log_every: steps between checkpoints (besides those at every test) and between lines of the log.
     """
 
@@ -75,6 +76,7 @@ class TrainOptions:
     device: str | None = None
     threads: int | None = None
     compute: str | None = None
+    pack_activations: int | None = None
     save_every: int | None = None
     log_every: int | None = None
 
@@ -126,6 +128,8 @@ class TrainOptions:
         for name, low in (("epochs", 1), ("steps", 1), ("limit", 1), ("save_every", 1)):
             if (value := getattr(self, name)) is not None:
                 check_integer(value, name, low)
+        if self.pack_activations is not None:
+            check_bits(self.pack_activations, "pack_activations")
         for name in ("batch_size", "threads", "log_every"):
             check_integer(getattr(self, name), name, 1)
         check_choice(self.optimizer, "optimizer", OPTIMIZERS)

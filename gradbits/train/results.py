@@ -61,6 +61,7 @@ def make_record(
         "device": options.device,
         "threads": options.threads,
         "compute": options.compute,
+        "pack_activations": options.pack_activations,
         "versions": versions(),
         "command": command,
     }

@@ -7,7 +7,7 @@ import json
 import pytest
 from rich.console import Console
 
-from gradbits.core.errors import CorruptDataError
+from gradbits.core.errors import ArgumentError, CorruptDataError
 from gradbits.train.datasets import load_data
 from gradbits.train.entry import parse_entry
 from gradbits.train.measure import MOST, WARMUP, measure
@@ -103,3 +103,21 @@ def test_results_are_standard_json(tmp_path):
         path.write_text(content)
         with pytest.raises(CorruptDataError, match=r"results\.json"):
             load_results(path)
+
+
+def test_packed_activations_train_and_are_counted():
+    task = make_task(load_data("digits", limit=300), 64)
+    sizes, losses = [], []
+    for bits in (None, 8):
+        options = TrainOptions(model="small_cnn", model_set=("width=8",), pack_activations=bits).resolved()
+        network = build_network(parse_entry("fp32"), options, task, 0, 10)
+        sizes.append(measure([network], task, 0)[0].saved_bytes)
+        losses.append([network.step(task.batch(0, i).to(network.device), i + 1)[0] for i in range(5)])
+    assert sizes[1] < 0.4 * sizes[0]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert losses[1] != losses[0]
+
+
+def test_illegal_packing_is_refused():
+    with pytest.raises(ArgumentError, match="pack_activations=1"):
+        TrainOptions(pack_activations=1).resolved()

@@ -14,7 +14,7 @@ from gradbits.train.options import TrainOptions
 def test_defaults_make_a_whole_run():
     options = TrainOptions().resolved()
     assert (options.data, options.model, options.networks) == ("digits", "small_cnn", ("unified_int8",))
-    assert options.epochs == 20
+    assert options.epochs == 40
     assert options.steps is None
     text = TrainOptions(text="book.txt").resolved()
     assert (text.data, text.model) == ("text", "gpt")
