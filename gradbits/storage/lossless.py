@@ -14,8 +14,7 @@ import numpy.typing as npt
 from gradbits.core.checks import check_choice
 from gradbits.core.errors import CorruptDataError, MissingDependencyError
 from gradbits.kernels.huffman import code_lengths
-from gradbits.kernels.huffman_stream import dumps, dumps_size, loads
-from gradbits.storage.shared_section import CHUNK
+from gradbits.kernels.huffman_stream import chunk_for, dumps, dumps_size, loads
 
 CODERS = ("huffman", "zstd")
 _PLANE = struct.Struct("<BQ")  # 0 = bytes as they are, 1 = Huffman stream; bytes that follow
@@ -32,8 +31,8 @@ def encode_planes(data: npt.NDArray[np.uint8], width: int) -> bytes:
     for plane in data.reshape(-1, width).T:
         counts = np.bincount(plane, minlength=256)
         lengths = code_lengths(counts)
-        if dumps_size(counts, lengths, chunk=CHUNK)[1] < plane.size:
-            kind, body = 1, dumps(plane, lengths, chunk=CHUNK)
+        if dumps_size(counts, lengths, chunk=chunk_for(plane.size))[1] < plane.size:
+            kind, body = 1, dumps(plane, lengths, chunk=chunk_for(plane.size))
         else:
             kind, body = 0, plane.tobytes()
         parts += [_PLANE.pack(kind, len(body)), body]

@@ -16,13 +16,11 @@ import torch
 
 from gradbits.core.errors import ArgumentError, CorruptDataError
 from gradbits.kernels.huffman import code_lengths
-from gradbits.kernels.huffman_stream import dumps, dumps_size, loads
+from gradbits.kernels.huffman_stream import chunk_for, dumps, dumps_size, loads
 from gradbits.storage.dtypes import from_bytes, to_bytes, unsigned
 from gradbits.storage.layout import INDEXES, Entry, expands_too_much
 from gradbits.storage.relative import GapHistogram, absolute_index, relative_index
 from gradbits.storage.sharing import Shared
-
-CHUNK = 4096  # symbols; 2 bytes of overhead each, and enough chunks to decode in parallel
 
 Codes = npt.NDArray[np.uint16]
 Counts = npt.NDArray[np.int64]
@@ -47,18 +45,18 @@ class IndexCosts:
                 self.options[index] = (0, 0, self.zeros)
             elif index == "bitmap":
                 counts = np.bincount(np.packbits(mask), minlength=256)
-                self.options[index] = (*dumps_size(counts, code_lengths(counts), chunk=CHUNK), 0)
+                self.options[index] = (*_stream_size(counts), 0)
             else:
                 gaps = gaps or GapHistogram(np.flatnonzero(mask))
                 counts, fillers = gaps.symbols(int(index[3:]))
-                self.options[index] = (*dumps_size(counts, code_lengths(counts), chunk=CHUNK), fillers)
+                self.options[index] = (*_stream_size(counts), fillers)
 
     def sizes(self, values: Counts) -> dict[str, tuple[int, int]]:
         """Return (least, greatest) bytes of both streams per form, for ``values[i]`` weights at centroid i + 1."""
         sizes = {}
         for index, (low, high, zeros) in self.options.items():
             counts = np.concatenate([[zeros], values])
-            least, greatest = dumps_size(counts, code_lengths(counts), chunk=CHUNK)
+            least, greatest = _stream_size(counts)
             sizes[index] = (low + least, high + greatest)
         return sizes
 
@@ -105,7 +103,11 @@ def encode_shared(shared: Shared, *, indexes: tuple[str, ...] = INDEXES) -> tupl
 
 def _stream(symbols: npt.NDArray[Any], alphabet: int) -> bytes:
     counts = np.bincount(symbols, minlength=alphabet) if symbols.size else np.zeros(alphabet, np.int64)
-    return dumps(symbols, code_lengths(counts), chunk=CHUNK)
+    return dumps(symbols, code_lengths(counts), chunk=chunk_for(symbols.size))
+
+
+def _stream_size(counts: Counts) -> tuple[int, int]:
+    return dumps_size(counts, code_lengths(counts), chunk=chunk_for(int(counts.sum())))
 
 
 def _dense(codes: Codes, mask: npt.NDArray[np.bool_], alphabet: int, index: str) -> bytes:
