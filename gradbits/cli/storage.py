@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from importlib import import_module
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradbits.core.errors import ArgumentError, GradbitsError
+from gradbits.cli.storage_output import number_text, print_table, progress_bar, shape_text
+from gradbits.core.errors import ArgumentError
 
 if TYPE_CHECKING:
     from gradbits.storage.budget import Fit
-    from gradbits.storage.compress import Progress
     from gradbits.storage.config import CompressConfig
 
 _OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")]
@@ -76,30 +75,30 @@ def compress(
         coder=coder,
     )
     if max_size is None and calibrate is None:
-        with _progress("compressing", source, quiet) as progress:
+        with progress_bar("compressing", source, quiet) as progress:
             report = compress_file(source, target, config, workers=workers, progress=progress)
     else:
         model = open_source(source)
         state = dict(model.tensors())
         fit = _fit(state, config, model.metadata, max_size=max_size, calibrate=calibrate, max_drop=max_drop)
-        with _progress("compressing", source, quiet) as progress:
+        with progress_bar("compressing", source, quiet) as progress:
             report = save_compressed(
                 state, target, fit.config, metadata=model.metadata, workers=workers, progress=progress
             )
         if fit.score is not None and fit.baseline is not None:
             print(f"score {fit.score:.6g}, uncompressed {fit.baseline:.6g}, {fit.evaluations} evaluations")
     if not quiet:
-        _table(
+        print_table(
             ("tensor", "dtype", "shape", "coding", "codebook", "sparsity", "ratio", "max error", "rms error"),
             [
                 (
                     one.name,
                     one.dtype,
-                    _shape(one.shape),
+                    shape_text(one.shape),
                     one.coding,
-                    _number(one.k, "d"),
-                    _number(None if one.nnz is None else 1 - one.nnz / max(_product(one.shape), 1), ".3f"),
-                    _number(one.original / one.stored if one.stored else None, ".1f"),
+                    number_text(one.k, "d"),
+                    number_text(None if one.nnz is None else 1 - one.nnz / max(prod(one.shape), 1), ".3f"),
+                    number_text(one.original / one.stored if one.stored else None, ".1f"),
                     f"{one.max_error:.3g}",
                     f"{one.rms_error:.3g}",
                 )
@@ -122,7 +121,7 @@ def decompress(
     from gradbits.storage.files import decompress_file
 
     target = _target(source, output, ".safetensors", overwrite)
-    with _progress("decompressing", source, quiet) as progress:
+    with progress_bar("decompressing", source, quiet) as progress:
         size = decompress_file(source, target, workers=workers, progress=progress)
     print(f"{target}: {size:,} bytes")
 
@@ -136,7 +135,7 @@ def inspect(
     from gradbits.storage import describe as described
 
     rows = described.describe(file, against)
-    _table(
+    print_table(
         (
             "tensor",
             "dtype",
@@ -153,10 +152,10 @@ def inspect(
             (
                 one.name,
                 one.dtype,
-                _shape(one.shape),
+                shape_text(one.shape),
                 f"{one.coding} ({one.why})" if one.why else one.coding,
-                _number(one.codebook, "d"),
-                _number(one.sparsity, ".3f"),
+                number_text(one.codebook, "d"),
+                number_text(one.sparsity, ".3f"),
                 f"{one.bits_per_weight:.2f}",
                 f"{one.ratio:.1f}",
                 f"{one.max_error:.3g}",
@@ -182,7 +181,7 @@ def verify(
     """Check every byte of a gbz file by decoding every tensor; exit code 2 and one line if it is damaged."""
     from gradbits.storage.files import verify_file
 
-    with _progress("verifying", file, quiet) as progress:
+    with progress_bar("verifying", file, quiet) as progress:
         count = verify_file(file, workers=workers, progress=progress)
     print(f"{file}: {count} tensors, all checksums match")
 
@@ -260,65 +259,3 @@ def _target(source: Path, output: Path | None, suffix: str, overwrite: bool) -> 
     if target.exists() and not overwrite:
         raise ArgumentError(f"--out {target}: is there already; give --overwrite or another name")
     return target
-
-
-@contextmanager
-def _progress(what: str, source: Path, quiet: bool) -> Iterator[Progress | None]:
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=_total(source))
-
-        def advance(name: str, size: int) -> None:
-            bar.update(task, advance=size, description=f"{what} {name[-40:]}")
-
-        yield advance
-
-
-def _total(source: Path) -> int | None:
-    """Bytes of the tensors, as nearly as the file sizes tell; None where only reading would."""
-    from gradbits.storage.reader import GbzFile
-
-    try:
-        if source.suffix == ".gbz":
-            with GbzFile(source) as packed:
-                return sum(entry.nbytes for entry in packed.entries.values())
-        return source.stat().st_size if source.is_file() and source.suffix != ".json" else None
-    except (OSError, GradbitsError):
-        return None  # the error is told by the call that follows
-
-
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.box import SIMPLE
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=SIMPLE, pad_edge=False)
-    for place, title in enumerate(titles):
-        table.add_column(title, justify="left" if place < 4 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    console = Console()
-    # a table that does not fit is still whole in a file or a pipe
-    (console if console.is_terminal else Console(width=max(200, console.width))).print(table)
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) if shape else "scalar"
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    size = 1
-    for one in shape:
-        size *= one
-    return size
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)

@@ -129,7 +129,8 @@ def plot(rows: Sequence[Row], target: str | Path) -> None:
         axis.set_title(title)
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(places, [row.name for row in rows], fontsize=7)
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(rows) - 0.4, -0.6)
+    axes[1].set_xlim(0, 1)
     try:
         figure.savefig(str(target), dpi=150)
     except (ValueError, OSError) as error:

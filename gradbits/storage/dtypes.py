@@ -43,10 +43,10 @@ def dtype_name(tensor: torch.Tensor, name: str) -> str:
     >>> dtype_name(torch.zeros(2, dtype=torch.bfloat16), "weight")
     'BF16'
     """
-    if tensor.layout != torch.strided or tensor.dtype not in NAMES:
+    if tensor.layout != torch.strided or tensor.dtype not in NAMES or tensor.is_meta:
         raise DtypeError(
-            f"tensor {name!r}: {tensor.dtype}, layout {tensor.layout} cannot be stored; "
-            f"legal are dense tensors of {', '.join(str(dtype)[6:] for dtype in NAMES)}"
+            f"tensor {name!r}: {tensor.dtype}, layout {tensor.layout}, device {tensor.device} cannot be stored; "
+            f"legal are dense tensors with data, of {', '.join(str(dtype)[6:] for dtype in NAMES)}"
         )
     return NAMES[tensor.dtype]
 

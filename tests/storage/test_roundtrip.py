@@ -19,6 +19,7 @@ from gradbits.storage import (
     save_compressed,
     verify_file,
 )
+from gradbits.storage.dtypes import DTYPES
 from gradbits.storage.layout import INDEXES, MAX_EXPANSION, Entry
 from gradbits.storage.shared_section import decode_shared, encode_shared
 from gradbits.storage.sharing import Shared, difference, share
@@ -64,6 +65,18 @@ def test_every_kind_of_tensor(state: State, tmp_path: Path, workers: int) -> Non
             np.testing.assert_allclose(errors[name], (largest, rms), rtol=1e-5)
             assert 0 < rms <= largest < 0.3
     assert found["head.weight"].data_ptr() == found["embed.weight"].data_ptr()
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("lossless", [False, True])
+def test_every_dtype_of_the_format(name: str, lossless: bool, tmp_path: Path) -> None:
+    dtype = DTYPES[name]
+    values = torch.arange(600).reshape(20, 30) % 3
+    tensor = values.to(dtype) if dtype != torch.bool else values > 1
+    state = {"t": tensor, "e": tensor[:0], "s": tensor[1, 1]}
+    save_compressed(state, tmp_path / "x.gbz", CompressConfig(lossless=lossless))
+    with GbzFile(tmp_path / "x.gbz") as file:
+        assert all(equal(file.tensor(key), one) for key, one in state.items())
 
 
 def test_the_order_of_tied_tensors_is_the_callers(tmp_path: Path) -> None:
@@ -246,6 +259,8 @@ def test_illegal_tensors_and_names_are_named(tmp_path: Path) -> None:
         save_compressed({"s": torch.eye(3).to_sparse()}, tmp_path / "x.gbz")
     with pytest.raises(DtypeError, match="complex128"):
         save_compressed({"c": torch.zeros(2, dtype=torch.complex128)}, tmp_path / "x.gbz")
+    with pytest.raises(DtypeError, match="device meta"):
+        save_compressed({"m": torch.zeros(2, device="meta")}, tmp_path / "x.gbz")
     with pytest.raises(ArgumentError, match="not a tensor"):
         save_compressed({"c": 3}, tmp_path / "x.gbz")
     with pytest.raises(ArgumentError, match="__metadata__"):
