@@ -8,16 +8,16 @@ its records to ``foundation_NAME.json``; ``benchmarks/results_page.py`` then put
 
 from __future__ import annotations
 
-import os
+import json
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from results_page import table
 
 from gradbits.kernels import machine
 
@@ -45,15 +45,14 @@ def main() -> None:
                 capture_output=True,
                 text=True,
                 check=False,
-                env={**os.environ, "COLUMNS": "120"},
             )
             if done.returncode:
                 sys.exit(done.stderr)
-            shutil.copy(Path(folder) / "out" / "results.json", LOGS / f"foundation_{name}.json")
-        lines = done.stdout.splitlines()
-        table = next(i for i, line in enumerate(lines) if line.startswith("┏"))
-        body = [line.rstrip() for line in lines[table - 1 :] if not line.startswith("results:")]
-        text = "\n".join([f"gradbits train {RUNS[name]}", _where(), "", *body, ""])
+            records = json.loads((Path(folder) / "out" / "results.json").read_text())
+        for record in records:  # the folder was a temporary one
+            record["command"] = f"gradbits train {RUNS[name]}"
+        (LOGS / f"foundation_{name}.json").write_text(json.dumps(records, indent=1) + "\n")
+        text = "\n".join([f"gradbits train {RUNS[name]}", _where(), "", table(records, "en"), ""])
         (LOGS / f"foundation_{name}.txt").write_text(text)
         print(text)
 
