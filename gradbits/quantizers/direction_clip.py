@@ -9,6 +9,7 @@ import torch
 
 from gradbits.core.checks import check_choice, check_integer, check_number
 from gradbits.core.grain import Grain
+from gradbits.quantizers.grids import Grid
 from gradbits.quantizers.ranges import RangeRule, State, min_max
 
 HISTOGRAM_FROM = 1 << 15  # above this size a search looks at a histogram of magnitudes instead of every element
@@ -30,7 +31,7 @@ class Magnitudes:
         if a.numel() <= HISTOGRAM_FROM:
             a = a.double()
             return Magnitudes(torch.ones_like(a), a, a * a)
-        index = (a * (BINS / a.max())).to(torch.int32).clamp_(max=BINS - 1)
+        index = (a / a.max() * BINS).to(torch.int32).clamp_(max=BINS - 1)
         a = a.double()
         return Magnitudes(*(torch.bincount(index, weights, BINS).double() for weights in (None, a, a * a)))
 
@@ -183,28 +184,39 @@ class DirectionClip(RangeRule):
         }
 
     def limits(self, x: torch.Tensor, grain: Grain, state: State, update: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._limits(x, grain, state, update, 127)
+
+    def limits_on(
+        self, grid: Grid, x: torch.Tensor, grain: Grain, state: State, update: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._limits(x, grain, state, update, grid.levels[1])
+
+    def _limits(
+        self, x: torch.Tensor, grain: Grain, state: State, update: bool, levels: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         low, high = min_max(x, grain)
-        peak = torch.maximum(-low, high).max()
-        largest, shape = float(peak), grain.scale_shape(x.shape)
+        shape = grain.scale_shape(x.shape)
+        peak = torch.maximum(-low, high).max() if low.numel() else low.new_zeros(())
+        largest = float(peak)
         if not math.isfinite(largest):
             return torch.full(shape, -peak.item(), device=x.device), torch.full(shape, peak.item(), device=x.device)
         if update and largest > 0.0:
             known = float(state["clip"])
             stale = not math.isfinite(known) or int(state["age"]) >= self.refresh
             if stale or largest > self.guard * float(state["largest"]):
-                self._search_(x, largest, known, state)
+                self._search_(x, largest, known, state, levels)
             state["age"] += 1
         known = float(state["clip"])
         clip = min(known, largest) if math.isfinite(known) else largest
         return torch.full(shape, -clip, device=x.device), torch.full(shape, clip, device=x.device)
 
-    def _search_(self, x: torch.Tensor, largest: float, known: float, state: State) -> None:
+    def _search_(self, x: torch.Tensor, largest: float, known: float, state: State, levels: int) -> None:
         m = Magnitudes.of(x)
         if self.search == "grid":
-            clip = search_grid(m, largest)
+            clip = search_grid(m, largest, levels)
         else:
-            clip = search_descent(x, known if math.isfinite(known) else largest, largest)
+            clip = search_descent(x, known if math.isfinite(known) else largest, largest, levels)
         state["clip"].fill_(clip)
         state["largest"].fill_(largest)
-        state["deviation"].fill_(expected_deviation(m, clip))
+        state["deviation"].fill_(expected_deviation(m, clip, levels))
         state["age"].zero_()
