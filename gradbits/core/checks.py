@@ -36,6 +36,20 @@ def check_bits(value: Any, name: str = "bits", low: int = 2, high: int = 8) -> i
     return value
 
 
+def check_instance(value: Any, name: str, *kinds: type | None) -> Any:
+    """Return ``value`` if it is of one of ``kinds``; None among them allows None, and only ``bool`` allows a bool.
+
+    >>> check_instance(None, "output", int, None) is None
+    True
+    """
+    real = tuple(k for k in kinds if k is not None)
+    fits = isinstance(value, real) and (not isinstance(value, bool) or bool in real)
+    if not fits and not (value is None and None in kinds):
+        legal = " or ".join("None" if k is None else k.__name__ for k in kinds)
+        raise DtypeError(f"{name}={value!r}: must be {legal}")
+    return value
+
+
 def check_choice(value: Any, name: str, choices: Iterable[str]) -> str:
     """Return ``value`` if it is one of ``choices``.
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from gradbits.core.checks import check_choice, check_float_tensor
-from gradbits.core.errors import ArgumentError, DtypeError
+from gradbits.core.checks import check_choice, check_float_tensor, check_instance
+from gradbits.core.errors import ArgumentError
 from gradbits.core.grain import Grain, PerBlock, PerChannel, PerTensor, as_grain
 from gradbits.core.noise import NoiseKey, draw_seed
 from gradbits.core.qtensor import QTensor, Rotation
@@ -52,11 +52,9 @@ class Quantizer(Spec):
     def __post_init__(self) -> None:
         if isinstance(self.grain, str):
             object.__setattr__(self, "grain", as_grain(self.grain))
-        parts = {"grid": Grid, "grain": Grain, "range": RangeRule, "estimator": STE, "rotation": RotationRule}
-        for name, kind in parts.items():
-            value = getattr(self, name)
-            if not isinstance(value, kind) and not (name == "rotation" and value is None):
-                raise DtypeError(f"{name}={value!r}: must be a {kind.__name__}")
+        for name, kind in {"grid": Grid, "grain": Grain, "range": RangeRule, "estimator": STE}.items():
+            check_instance(getattr(self, name), name, kind)
+        check_instance(self.rotation, "rotation", RotationRule, None)
         check_choice(self.rounding, "rounding", ("nearest", "stochastic"))
         check_choice(self.rows, "rows", ("token", "sample"))
 
