@@ -44,4 +44,12 @@ GB_API const char* gradbits_name(int level) { return table(level)->name; }
 GB_API int gradbits_quantize(int level, const QuantizeArgs* args) { return table(level)->quantize(args); }
 
 GB_API int gradbits_range(int level, const RangeArgs* args) { return table(level)->range(args); }
+
+GB_API int gradbits_rows(int level, const ProductArgs* args) { return table(level)->rows(args); }
+
+GB_API int gradbits_columns(int level, const ProductArgs* args) { return table(level)->columns(args); }
+
+GB_API int gradbits_pack(int level, const PackArgs* args) { return table(level)->pack(args); }
+
+GB_API int gradbits_unpack(int level, const PackArgs* args) { return table(level)->unpack(args); }
 }

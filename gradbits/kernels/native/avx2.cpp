@@ -7,7 +7,8 @@
 GB_BEGIN("avx2")
 #include "bodies.inl"
 GB_END
-const Kernels gb_avx2 = {"avx2", avx2::quantize, avx2::range};
+const Kernels gb_avx2 = {"avx2", avx2::quantize, avx2::range, avx2::rows, avx2::columns,
+                            avx2::pack, avx2::unpack};
 #else
 const Kernels gb_avx2 = {};
 #endif

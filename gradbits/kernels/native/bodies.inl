@@ -4,5 +4,11 @@ namespace GB_ISA {
 namespace {
 #include "quantize.inl"
 #include "range.inl"
+#include "tile.inl"
+#include "epilogue.inl"
+#include "patch.inl"
+#include "rows.inl"
+#include "columns.inl"
+#include "pack.inl"
 }  // namespace
 }  // namespace GB_ISA

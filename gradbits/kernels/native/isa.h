@@ -5,6 +5,9 @@
 #define GB_TEXT(x) GB_TEXT_(x)
 #define GB_INLINE static inline __attribute__((always_inline))
 
+// accumulators stay in registers only where the loops over them are gone
+#define GB_UNROLL _Pragma("GCC unroll 32")
+
 #if defined(__x86_64__) || defined(__i386__)
 #define GB_X86 1
 #include <immintrin.h>

@@ -33,10 +33,53 @@ struct RangeArgs {
     int32_t dtype, threads;
 };
 
+// A float32 operand of the epilogue: one stride for each axis of the result, 0 where it is the same along it.
+struct Operand {
+    const float* values;
+    int64_t group, sample, position, channel;
+};
+
+enum { GB_TERMS = 6 };
+
+// y = float(sum) * scale + terms[0] + terms[1] + ..., every operation rounded once.
+struct Epilogue {
+    Operand scale, terms[GB_TERMS];
+    int32_t count, dtype;  // terms in use; dtype of the result
+};
+
+// Sums over patches of x [samples, 3 axes, channels]; a matrix product has one tap and one position a sample.
+// `output` and `grad_input`: result[group, sample, position, n] = sum over taps and c of x[patch] * w[group, n, tap, c].
+// `grad_weight`: result[group, n, tap, c] = sum over samples and positions of w[sample, position, group, n] * x[patch].
+struct ProductArgs {
+    const int8_t *x, *w;
+    void* result;
+    int64_t groups, samples, channels, columns;      // channels and columns are those of one group
+    int64_t size[3], count[3], taps[3];              // of the input, of the positions, of the kernel
+    int64_t stride[3], padding[3], dilation[3];      // padding is that at the low end, negative: cropping
+    int64_t x_group, x_sample, x_axis[3];            // strides of x; its channels are adjacent
+    int64_t w_group, w_column, w_channel, w_tap[3];  // strides of w; for grad_weight w_column is 1, w_tap[0] the row's
+    int64_t r_group, r_sample, r_position, r_channel;  // strides of the result
+    int64_t first, step[3];                            // index of a position: first + sum of its coordinates * step
+    Epilogue epilogue;
+    int32_t threads;
+};
+
+// `count` codes of 2 or 4 bits (`width`), the first in the lowest bits of a byte.
+struct PackArgs {
+    const void* from;
+    void* to;
+    int64_t count;
+    int32_t width, threads;
+};
+
 struct Kernels {
     const char* name;
     int (*quantize)(const QuantizeArgs*);
     int (*range)(const RangeArgs*);
+    int (*rows)(const ProductArgs*);
+    int (*columns)(const ProductArgs*);
+    int (*pack)(const PackArgs*);
+    int (*unpack)(const PackArgs*);
 };
 
 extern const Kernels gb_avx512, gb_avx2, gb_portable;

@@ -27,8 +27,10 @@ GB_INLINE float widen(Fp16 x) {
     return as_float(bits | sign);
 }
 
+typedef int16_t __attribute__((may_alias)) HalfWord;
+
 // Noise bits of elements first .. first + n - 1, see gradbits/core/noise.py. Returns where the first element's are.
-GB_INLINE const int16_t* noise_bits(uint32_t* words, int64_t first, int n, int32_t k0, int32_t k1) {
+GB_INLINE const HalfWord* noise_bits(uint32_t* words, int64_t first, int n, int32_t k0, int32_t k1) {
     uint32_t start = (uint32_t)(first >> 1) + (uint32_t)k0;
     int count = (int)(((first + n + 1) >> 1) - (first >> 1));
     for (int i = 0; i < count; i++) {
@@ -44,12 +46,12 @@ GB_INLINE const int16_t* noise_bits(uint32_t* words, int64_t first, int n, int32
 #endif
         words[i] = x;
     }
-    return (const int16_t*)words + (first & 1);
+    return (const HalfWord*)words + (first & 1);
 }
 
 template <class T, int MODE, bool VARIES, bool SHIFT, bool ZERO>
 GB_INLINE void codes_of(const T* x, int8_t* codes, int n, const float* r, const float* a, const float* z, float low,
-                        float high, const int16_t* bits, const float* noise) {
+                        float high, const HalfWord* bits, const float* noise) {
     float r0 = r[0], a0 = SHIFT ? a[0] : 0.0f, z0 = ZERO ? z[0] : 0.0f;
     for (int i = 0; i < n; i++) {
         float t = widen(x[i]);
@@ -93,7 +95,7 @@ static void quantize_span(const QuantizeArgs* q, int64_t first, int64_t last) {
         int64_t left = last - at;
         if (varies && !dense && q->inner - at % q->inner < left) left = q->inner - at % q->inner;
         int n = (int)(left < BLOCK ? left : BLOCK);
-        const int16_t* bits = MODE == GB_KEYED ? noise_bits(words, at, n, q->k0, q->k1) : nullptr;
+        const HalfWord* bits = MODE == GB_KEYED ? noise_bits(words, at, n, q->k0, q->k1) : nullptr;
         const float* noise = MODE == GB_EXPLICIT ? q->noise + at : nullptr;
         const T* x = (const T*)q->x + at;
         if (dense) {

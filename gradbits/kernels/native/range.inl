@@ -34,7 +34,7 @@ GB_INLINE void merge(float* low, float* high, float l, float h) {
     if (!(h <= *high)) *high = *high != *high ? *high : h;
 }
 
-GB_INLINE void finish(const Extremes* e, float* low, float* high) {
+GB_INLINE void settle(const Extremes* e, float* low, float* high) {
     for (int j = 0; j < LANES; j++) {
         float nan = __builtin_nanf("");
         merge(low, high, e->odd[j] ? nan : e->low[j], e->odd[j] ? nan : e->high[j]);
@@ -66,7 +66,7 @@ static void range_of_one(void* data) {
         scan(&e, (const T*)q->x + first, left < job->size ? left : job->size);
     }
     hold(&job->lock);
-    finish(&e, q->low, q->high);
+    settle(&e, q->low, q->high);
     release(&job->lock);
 }
 
@@ -81,7 +81,7 @@ static void range_of_runs(void* data) {
             Extremes e;
             clear(&e);
             for (int64_t o = 0; o < q->outer; o++) scan(&e, (const T*)q->x + (o * q->count + c) * q->inner, q->inner);
-            finish(&e, q->low + c, q->high + c);
+            settle(&e, q->low + c, q->high + c);
         }
     }
 }

@@ -1,0 +1,205 @@
+"""The integer products through the native library; same arguments and bits as ``gradbits.kernels.reference``."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from gradbits.kernels import onednn, reference
+from gradbits.kernels.dispatch import Epilogue, Request
+from gradbits.kernels.geometry import ConvGeometry, channels_first, channels_last, grad_input_phases
+from gradbits.kernels.native import library
+from gradbits.kernels.native.product_args import TERMS, ProductArgs, Result, plain_args, triple
+
+LARGE = 1 << 20  # elements of a matrix product that is worth its own epilogue
+THIN = 256  # sums of fewer products leave registers idle: measured slower than PyTorch's kernel for large images
+NARROW = 16  # groups of fewer channels are merged until they fill a register
+
+
+def conv_why_not(request: Request) -> str | None:
+    """Return why a convolution's ``output`` or ``grad_input`` should not be computed here, or None.
+
+    Where PyTorch's kernel cannot run, or the product is small, this one was measured to be faster than patches.
+    """
+    if request.terms and onednn.why_not(request) is None and (request.groups > 1 or request.terms < THIN):
+        return "few products in each sum: onednn.qconv2d_pointwise is faster"
+    return None
+
+
+def _fits(epilogue: Epilogue) -> bool:
+    return len(epilogue.terms) + (epilogue.bias is not None) <= TERMS
+
+
+def matmul(a: torch.Tensor, b: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
+    """Return the product of codes ``a`` [..., M, K] and ``b`` [..., K, N]; leading axes are equal.
+
+    A single matrix goes through ``torch._int_mm`` where that is exact and the library's product was not measured to be
+    faster: small results, and sums over rows (``grad_weight``).
+    """
+    small = a.dim() == 2 and a.shape[0] * b.shape[1] < LARGE
+    by_rows = a.dim() == 2 and a.stride(1) != 1
+    if not _fits(epilogue) or ((small or by_rows) and reference.int_mm_is_exact("cpu")):
+        return reference.matmul(a, b, epilogue)
+    return own_matmul(a, b, epilogue)
+
+
+def own_matmul(a: torch.Tensor, b: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
+    """Return ``matmul`` by the library alone."""
+    lead, (m, k), n = a.shape[:-2], a.shape[-2:], b.shape[-1]
+    batch = math.prod(lead)
+    if len(lead) != 1:
+        a, b = a.reshape(batch, m, k), b.reshape(batch, k, n)
+        epilogue = _batched(epilogue, (batch, m, n), (*lead, m, n))
+    y = torch.empty(batch, m, n, dtype=_stored(epilogue))
+    args = plain_args()
+    args.groups = batch
+    if a.stride(2) != 1 and a.stride(1) == 1 and m > 1:  # a is transposed, as in grad_weight: sums over rows
+        b = b if b.stride(2) == 1 else b.contiguous()
+        args.x, args.w, args.samples, args.channels, args.columns = b.data_ptr(), a.data_ptr(), k, n, m
+        args.x_group, args.x_sample = b.stride(0), b.stride(1)
+        args.w_group, args.w_column, args.w_tap = a.stride(0), 1, triple((a.stride(2), 0, 0), 0)
+        function = "gradbits_columns"
+    else:
+        a = a if a.stride(2) == 1 else a.contiguous()
+        args.x, args.w, args.samples, args.channels, args.columns = a.data_ptr(), b.data_ptr(), m, k, n
+        args.x_group, args.x_sample = a.stride(0), a.stride(1)
+        args.w_group, args.w_column, args.w_channel = b.stride(0), b.stride(2), b.stride(1)
+        function = "gradbits_rows"
+    lib = library.loaded()
+    result = Result(y.shape, epilogue, batched=True)
+    result.fill(args, y, lib)
+    lib.call(function, args)
+    return y.reshape(*lead, m, n).to(epilogue.dtype)
+
+
+def _batched(epilogue: Epilogue, flat: tuple[int, ...], full: tuple[int, ...]) -> Epilogue:
+    """Return the epilogue of a product whose leading axes are flattened into one."""
+
+    def turn(t: torch.Tensor) -> torch.Tensor:
+        if t.numel() == 1 or len(full) == 2:
+            return t.reshape(()) if t.numel() == 1 else t.expand(full).unsqueeze(0)
+        return t.expand(full).reshape(flat)
+
+    bias = None if epilogue.bias is None else turn(epilogue.bias)
+    return Epilogue(turn(epilogue.scale), tuple(turn(t) for t in epilogue.terms), bias, epilogue.dtype)
+
+
+def _conv_args(x: torch.Tensor, g: ConvGeometry, groups: int, channels: int) -> ProductArgs:
+    """Return arguments for patches of channels-last codes ``x`` [N, *spatial, C]."""
+    args = plain_args()
+    args.x, args.samples, args.channels, args.groups = x.data_ptr(), x.shape[0], channels, groups
+    args.x_group, args.x_sample, args.x_axis = channels, x.stride(0), triple(x.stride()[1:-1], 0)
+    args.size, args.count, args.taps = triple(x.shape[1:-1], 1), triple(g.output_size, 1), triple(g.kernel_size, 1)
+    args.stride, args.padding, args.dilation = triple(g.stride, 1), triple(g.padding, 0), triple(g.dilation, 1)
+    return args
+
+
+def _merged(groups: int, channels: int) -> int:
+    """Return how many groups are worked on as one: products with the zeros between them cost less than thin ones."""
+    return next(f for f in range(min(groups, max(1, NARROW // max(channels, 1))), 0, -1) if groups % f == 0)
+
+
+def _dense(w: torch.Tensor, groups: int, merged: int) -> torch.Tensor:
+    """Return the weight [Co, Ci/groups, *] of every ``merged`` groups as that of one."""
+    if merged == 1:
+        return w
+    co, ci, taps = w.shape[0] // groups, w.shape[1], w.shape[2:].numel()
+    dense = w.new_zeros(groups // merged, merged, co, merged, ci, taps)
+    dense.diagonal(dim1=1, dim2=3).copy_(w.reshape(groups // merged, merged, co, ci, taps).permute(0, 2, 3, 4, 1))
+    return dense.view(w.shape[0], merged * ci, *w.shape[2:])
+
+
+def _strides_of(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Return how far apart neighbours along each axis are in a flat index."""
+    return tuple(math.prod(sizes[i + 1 :]) for i in range(len(sizes)))
+
+
+def conv_output(x: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry, epilogue: Epilogue) -> torch.Tensor:
+    """Return the convolution of codes ``x`` [N, Ci, *] and ``w`` [Co, Ci/groups, *]."""
+    if not _fits(epilogue):
+        return reference.conv_output(x, w, geometry, epilogue)
+    g, lib = geometry, library.loaded()
+    merged = _merged(g.groups, w.shape[1])
+    groups, w = g.groups // merged, _dense(w, g.groups, merged)
+    rows, columns = channels_last(x), w.shape[0] // groups
+    y = torch.empty(x.shape[0], *g.output_size, w.shape[0], dtype=_stored(epilogue))
+    args = _conv_args(rows, g, groups, w.shape[1])
+    s = w.stride()
+    args.w, args.columns = w.data_ptr(), columns
+    args.w_group, args.w_column, args.w_channel, args.w_tap = columns * s[0], s[0], s[1], triple(s[2:], 0)
+    args.step = triple(_strides_of(g.output_size), 0)
+    out = channels_first(y)
+    result = Result(out.shape, epilogue, groups)
+    result.fill(args, out, lib)
+    lib.call("gradbits_rows", args)
+    return out.to(epilogue.dtype)
+
+
+def conv_grad_input(grad: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry, epilogue: Epilogue) -> torch.Tensor:
+    """Return the gradient of the input from codes ``grad`` [N, Co, *] and ``w`` [Co, Ci/groups, *]."""
+    if not _fits(epilogue):
+        return reference.conv_grad_input(grad, w, geometry, epilogue)
+    g, lib = geometry, library.loaded()
+    merged = _merged(g.groups, w.shape[0] // g.groups)
+    groups, w = g.groups // merged, _dense(w, g.groups, merged)
+    rows, s, channels = channels_last(grad), w.stride(), w.shape[0] // groups
+    y = torch.empty(grad.shape[0], *g.input_size, w.shape[1] * groups, dtype=_stored(epilogue))
+    out = channels_first(y)
+    result = Result(out.shape, epilogue, groups)
+    args = _conv_args(rows, g, groups, channels)
+    args.columns, args.w_column, args.w_channel, args.w_group = w.shape[1], s[1], s[0], channels * s[0]
+    args.stride = triple((), 1)
+    result.fill(args, out, lib)
+    flat = _strides_of(g.input_size)
+    phases = grad_input_phases(g)
+    if len(phases) < math.prod(min(st, n) for st, n in zip(g.stride, g.input_size, strict=True)):
+        # no tap meets some positions: first give all of them the epilogue of an empty sum
+        args.channels, args.taps, args.count = 0, triple((), 1), triple(g.input_size, 1)
+        args.w, args.first, args.step = w.data_ptr(), 0, triple(flat, 0)
+        lib.call("gradbits_rows", args)
+        args.channels = channels
+    for phase in phases:
+        taps = [range(*part.indices(k)) for part, k in zip(phase.taps, g.kernel_size, strict=True)]
+        places = [range(*part.indices(n)) for part, n in zip(phase.positions, g.input_size, strict=True)]
+        last = sum(t[-1] * stride for t, stride in zip(taps, s[2:], strict=True))
+        args.w = w.data_ptr() + last  # taps run backwards
+        args.w_tap = triple([-t.step * stride for t, stride in zip(taps, s[2:], strict=True)], 0)
+        args.taps, args.count = triple([len(t) for t in taps], 1), triple([len(r) for r in places], 1)
+        args.padding, args.dilation = triple(phase.low, 0), triple(phase.dilation, 1)
+        args.first = sum(r.start * f for r, f in zip(places, flat, strict=True))
+        args.step = triple([r.step * f for r, f in zip(places, flat, strict=True)], 0)
+        lib.call("gradbits_rows", args)
+    return out.to(epilogue.dtype)
+
+
+def conv_grad_weight(grad: torch.Tensor, x: torch.Tensor, geometry: ConvGeometry, epilogue: Epilogue) -> torch.Tensor:
+    """Return the gradient of the weight from codes ``grad`` [N, Co, *] and ``x`` [N, Ci, *]."""
+    g, ci = geometry, x.shape[1] // geometry.groups
+    merged = _merged(g.groups, max(ci, grad.shape[1] // g.groups))
+    if merged > 1:
+        co, taps = grad.shape[1] // g.groups, math.prod(g.kernel_size)
+        dense = _grad_weight(grad, x, g, g.groups // merged, Epilogue(torch.ones(())))
+        parts = dense.view(g.groups // merged, merged, co, merged, ci, taps).diagonal(dim1=1, dim2=3)
+        sums = parts.permute(0, 4, 1, 2, 3).reshape(g.groups * co, ci, *g.kernel_size)
+        return epilogue.apply_(sums)
+    if not _fits(epilogue):
+        return reference.conv_grad_weight(grad, x, geometry, epilogue)
+    return _grad_weight(grad, x, g, g.groups, epilogue).to(epilogue.dtype)
+
+
+def _grad_weight(grad: torch.Tensor, x: torch.Tensor, g: ConvGeometry, groups: int, e: Epilogue) -> torch.Tensor:
+    lib, rows, g_rows = library.loaded(), channels_last(x), channels_last(grad)
+    channels, columns = x.shape[1] // groups, grad.shape[1] // groups
+    y = torch.empty(grad.shape[1], channels, *g.kernel_size, dtype=_stored(e))
+    args = _conv_args(rows, g, groups, channels)
+    args.w, args.columns = g_rows.data_ptr(), columns
+    args.w_group, args.w_column, args.w_tap = columns, 1, triple((grad.shape[1], 0, 0), 0)
+    result = Result(y.shape, e, groups, group_axis=0)
+    result.fill(args, y, lib)
+    lib.call("gradbits_columns", args)
+    return y
+
+
+def _stored(epilogue: Epilogue) -> torch.dtype:
+    return torch.bfloat16 if epilogue.dtype == torch.bfloat16 else torch.float32
