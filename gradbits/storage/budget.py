@@ -16,7 +16,7 @@ from gradbits.storage.config import CompressConfig
 from gradbits.storage.dtypes import SHAREABLE, dtype_name
 from gradbits.storage.prune import magnitude_mask
 from gradbits.storage.shared_section import IndexCosts
-from gradbits.storage.sharing import REUSE, WeightValues
+from gradbits.storage.sharing import REUSE, WeightValues, all_finite
 from gradbits.storage.writer import Section, build_head
 
 State = Mapping[str, torch.Tensor]
@@ -73,7 +73,7 @@ class _Path:
         tensor = self.state[name]
         named, _ = self.config.override(name)
         free = dtype_name(tensor, name) in SHAREABLE and self.config.bits(name, tensor.dim()) is not None
-        if named or not free or not tensor.numel() or not bool(torch.isfinite(tensor).all()):
+        if named or not free or not tensor.numel() or not all_finite(tensor):
             return None
         if self.config.sparsity:
             tensor = tensor * magnitude_mask(tensor, sparsity=self.config.sparsity)
@@ -121,7 +121,7 @@ class _Path:
         for name in (*bits, *(name for name in self.own if self.config.override(name)[1] is not None)):
             tensor = self.state[name]
             wanted = bits.get(name, self.config.override(name)[1])
-            if wanted is None or dtype_name(tensor, name) not in SHAREABLE or not bool(torch.isfinite(tensor).all()):
+            if wanted is None or dtype_name(tensor, name) not in SHAREABLE or not all_finite(tensor):
                 continue
             if self.config.sparsity:
                 tensor = tensor * magnitude_mask(tensor, sparsity=self.config.sparsity)

@@ -17,7 +17,7 @@ from gradbits.storage.layout import INDEXES, expands_too_much
 from gradbits.storage.lossless import encode_planes, encode_zstd, require_coder
 from gradbits.storage.prune import magnitude_mask
 from gradbits.storage.shared_section import encode_shared
-from gradbits.storage.sharing import WeightValues, difference
+from gradbits.storage.sharing import WeightValues, all_finite, difference
 from gradbits.storage.writer import Section, write_gbz
 
 KEPT_VALUES = 256  # a tensor with no more distinct values was shared before
@@ -85,7 +85,7 @@ def compress_tensor(
     dtype = dtype_name(tensor, name)
     bits = config.bits(name, tensor.dim()) if dtype in SHAREABLE and tensor.numel() else None
     if bits is not None:
-        if bool(torch.isfinite(tensor).all()):
+        if all_finite(tensor):
             found = _share(name, tensor, dtype, bits, config)
             if found is not None:
                 return found

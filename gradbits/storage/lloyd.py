@@ -167,5 +167,5 @@ def inertia(data: SortedValues, centers: npt.NDArray[np.floating], cuts: npt.NDA
     for center, begin, end in zip(centers.tolist(), cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
         for start in range(begin, end, step):
             residual = data.values[start : min(start + step, end)].astype(np.float64) - center
-            total += float(np.dot(residual, residual))
+            total += float(np.einsum("i,i", residual, residual))  # no BLAS: its threads would fight the pool's
     return total

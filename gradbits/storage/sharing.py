@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,16 +58,30 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
     (2.0, 1.4142135623730951)
     """
     largest, squares = 0.0, 0.0
-    wide = torch.float64 if torch.float64 in (one.dtype, other.dtype) else torch.float32
-    blocks = (whole.detach().reshape(-1).split(_ASSIGN_BLOCK) for whole in (one, other))
-    for a, b in zip(*blocks, strict=True):
-        if a.numel():
-            gap = a.to(wide) - b.to(wide)
-            low, high = gap.aminmax()
-            largest = max(largest, -float(low), float(high))
-            # scaled, so that the squares of small or large weights neither vanish nor overflow
-            squares += float((gap / largest).square_().sum()) * largest**2 if largest else 0.0
+    for a, b in zip(_blocks(one), _blocks(other), strict=True):
+        gap = a - b
+        largest = max(largest, float(gap.max()), -float(gap.min()))
+        if largest:  # scaled, so that the squares of small or large weights neither vanish nor overflow
+            gap = gap / gap.dtype.type(largest)
+            squares += float(np.einsum("i,i", gap, gap, dtype=np.float64)) * largest**2
     return largest, (squares / max(one.numel(), 1)) ** 0.5
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Return whether a floating-point tensor holds neither NaN nor Inf.
+
+    >>> all_finite(torch.tensor([1.0, float("inf")]))
+    False
+    """
+    return all(bool(np.isfinite(block).all()) for block in _blocks(tensor))
+
+
+def _blocks(tensor: torch.Tensor) -> Iterator[npt.NDArray[np.floating]]:
+    """Values in pieces that fit the cache. numpy, and no BLAS in it: both would start threads beside the pool's."""
+    flat = tensor.detach().cpu().reshape(-1)
+    wide = torch.float64 if flat.dtype == torch.float64 else torch.float32
+    for start in range(0, flat.numel(), _ASSIGN_BLOCK):
+        yield flat[start : start + _ASSIGN_BLOCK].to(wide).numpy()
 
 
 class WeightValues:
