@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from gradbits.core.errors import NonFiniteError
 from gradbits.core.noise import NoiseKey
-from gradbits.core.qtensor import QTensor
+from gradbits.core.qtensor import QTensor, Rotation
 from gradbits.nn.bilinear import Bilinear
 from gradbits.quantizers.quantizer import Quantizer
 from gradbits.quantizers.ranges import State
@@ -43,6 +44,7 @@ class Call:
         on_nonfinite: what to do with NaN and Inf.
         name: the layer's name, for messages.
         dtype: dtype of the output.
+        learned: (role, name) of each learned entry of the forward operands' states, in the order of the parameters.
     """
 
     products: Bilinear
@@ -54,6 +56,7 @@ class Call:
     on_nonfinite: str
     name: str
     dtype: torch.dtype
+    learned: tuple[tuple[str, str], ...] = ()
 
     def quantizer(self, product: str, role: str) -> Quantizer:
         """Return the quantizer of an operand, in this layer's own layout."""
@@ -65,15 +68,38 @@ class Call:
         """Return the noise of one use of the layer's tensors."""
         return NoiseKey.of(self.seed, STREAMS[product, use])
 
+    def quantize_forward(
+        self, values: dict[str, torch.Tensor]
+    ) -> dict[str, tuple[QTensor, torch.Tensor | None]]:
+        """Return the codes of both operands of ``output``, and where their gradients pass."""
+        qs = {role: self.quantizer("output", role) for role in values}
+        states = {role: self.state_of("output", role) for role in values}
+        rule = qs["input"].rotation
+        if rule is not None and rule == qs["weight"].rotation:
+            if not self.update:  # an evaluation before training settles for itself and leaves the layer unsettled
+                states = {role: {name: t.clone() for name, t in state.items()} for role, state in states.items()}
+            errors = [partial(self._error, qs[role], role, value) for role, value in values.items()]
+            rule.settle(self.products.features(values["weight"]), errors, tuple(states.values()))
+        return {
+            role: self.quantize("output", role, value, self.update, states[role]) for role, value in values.items()
+        }
+
+    def _error(self, q: Quantizer, role: str, value: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+        """Return the error that quantizing an operand leaves after a rotation of its features."""
+        turned = rotation.along(self.products.own_axis(role, 1)).forward(value.detach())
+        plain = replace(q, rotation=None)
+        fresh = plain.init_state(torch.Size(q.grain.scale_shape(turned.shape)).numel())
+        return (plain.quantize(turned, state=fresh, tokens=self.products.tokens).dequantize() - turned).norm()
+
     def quantize(
-        self, product: str, role: str, value: torch.Tensor, update: bool
+        self, product: str, role: str, value: torch.Tensor, update: bool, state: State | None = None
     ) -> tuple[QTensor, torch.Tensor | None]:
         """Return an operand's codes, and where its gradient passes (None: everywhere)."""
         q = self.quantizer(product, role)
         codes, low, high = q.quantize_with_range(
             value,
             noise=self.key(product, role) if q.is_stochastic else None,
-            state=self.state_of(product, role),
+            state=self.state_of(product, role) if state is None else state,
             update=update,
             compute=self.compute,
             tokens=self.products.tokens,
@@ -81,7 +107,7 @@ class Call:
         )
         if self.on_nonfinite == "raise" and not bool(torch.isfinite(codes.scale).all()):
             raise NonFiniteError(f"{role} of layer {self.name!r} holds NaN or Inf (on_nonfinite='raise')")
-        if role == "gradient" or not q.range.can_clip:
+        if role == "gradient" or not q.range.can_clip or q.estimator.learns:
             return codes, None
         turned = value if codes.rotation is None else codes.rotation.forward(value)
         return codes, q.estimator.mask(turned, low, high)

@@ -12,53 +12,64 @@ from gradbits.core.errors import DoubleBackwardError
 from gradbits.core.packing import packed_width
 from gradbits.core.qtensor import QTensor
 from gradbits.nn.call import ON_NONFINITE, Call, quantizer_of
+from gradbits.nn.passage import Passage
+from gradbits.nn.sampling import sampled_product
 from gradbits.nn.saved import Saver
 
 __all__ = ["ON_NONFINITE", "Call", "QuantizedProduct"]
 
-
-def _packed(value: QTensor | torch.Tensor) -> QTensor | torch.Tensor:
-    """Return codes as small as they may be kept."""
-    return value.pack() if isinstance(value, QTensor) and packed_width(value.bits) < 8 else value
-
-
-def _dense(value: QTensor | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return value.dequantize(dtype) if isinstance(value, QTensor) else value.to(dtype)
+Value = QTensor | torch.Tensor
+# the product that gives a forward operand's gradient, and the operand it is multiplied with
+BACKWARD = {"input": ("grad_input", "weight"), "weight": ("grad_weight", "input")}
 
 
 class QuantizedProduct(torch.autograd.Function):
-    """``output`` in the forward pass, ``grad_input`` and ``grad_weight`` in the backward pass."""
+    """``output`` in the forward pass, ``grad_input`` and ``grad_weight`` in the backward pass.
+
+    ``learned`` are the parameters that ``call.learned`` names: steps of the forward operands' quantizers.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: Call
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        call: Call,
+        *learned: torch.Tensor,
     ) -> torch.Tensor:
         """Compute the output; keep codes, not floats, for the backward pass."""
-        recipe, products = call.recipe, call.products
-        mask_x = mask_w = None
-        used_x: QTensor | torch.Tensor = x
-        used_w: QTensor | torch.Tensor = weight
-        if recipe.output is not None:
-            qx, mask_x = call.quantize("output", "input", x, call.update)
-            qw, mask_w = call.quantize("output", "weight", weight, call.update)
+        products = call.products
+        values: dict[str, torch.Tensor] = {"input": x, "weight": weight}
+        used: dict[str, Value] = dict(values)
+        passages: dict[str, Passage | None] = {"input": None, "weight": None}
+        if call.recipe.output is not None:
+            for role, (codes, mask) in call.quantize_forward(values).items():
+                used[role] = codes
+                learns = call.quantizer("output", role).estimator.learns
+                if learns or mask is not None:
+                    passages[role] = Passage(codes.rotation, mask, values[role] if learns else None)
+            qx, qw = used["input"], used["weight"]
+            assert isinstance(qx, QTensor)
+            assert isinstance(qw, QTensor)
             y = products.product("output", qx, qw, bias=bias, dtype=call.dtype, compute=call.compute)
-            used_x, used_w = qx, qw
         else:
             y = products.in_float("output", x.to(call.dtype), weight.to(call.dtype))
             if bias is not None:
                 y = y + products.bias_for_output(bias.to(call.dtype), y.dim())
-        needs_x, needs_w = ctx.needs_input_grad[:2]
+        needs = dict(zip(values, ctx.needs_input_grad[:2], strict=True))
+        for (role, _), needed in zip(call.learned, ctx.needs_input_grad[4:], strict=True):
+            needs[role] = needs[role] or needed
         saver = Saver()
-        ctx.input = ctx.weight = None
-        if needs_w:
-            ctx.input = saver.add(_packed(_operand(call, "grad_weight", "input", x, used_x)))
-        if needs_x:
-            ctx.weight = saver.add(_packed(_operand(call, "grad_input", "weight", weight, used_w)))
-        ctx.mask_x = saver.add(mask_x if needs_x else None)
-        ctx.mask_w = saver.add(mask_w if needs_w else None)
+        ctx.kept = {}
+        for role, (product, other) in BACKWARD.items():
+            if needs[role]:
+                operand = _operand(call, product, other, values[other], used[other])
+                ctx.kept[role] = (saver.add(_packed(operand)), saver.add(passages[role]))
         ctx.save_for_backward(*saver.tensors)
         ctx.call = call
-        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.like = {role: (value.shape, value.dtype) for role, value in values.items()}
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
@@ -76,7 +87,6 @@ class QuantizedProduct(torch.autograd.Function):
                 "use a float model where second derivatives are needed"
             )
         (g,) = grads
-        needs_x, needs_w, needs_b, _ = ctx.needs_input_grad
         saved = ctx.saved_tensors
         if call.on_nonfinite == "skip" and not math.isfinite(float(g.sum())) and not bool(torch.isfinite(g).all()):
             warnings.warn(
@@ -85,26 +95,28 @@ class QuantizedProduct(torch.autograd.Function):
                 stacklevel=2,
             )
             g = torch.zeros_like(g)
+        found: dict[str, torch.Tensor] = {}
+        learned: dict[tuple[str, str], torch.Tensor] = {}
+        codes: QTensor | None = None
         with torch.autocast(g.device.type, enabled=False):
-            grad_x, qg = None, None
-            if needs_x:
-                operand = Saver.get(saved, ctx.weight)
-                grad_x, qg = _backward_product(call, "grad_input", g, operand, None, ctx.dtypes[0])
-                mask = Saver.get(saved, ctx.mask_x)
-                grad_x = grad_x if mask is None else grad_x * mask
-            grad_w = None
-            if needs_w:
-                operand = Saver.get(saved, ctx.input)
-                grad_w, _ = _backward_product(call, "grad_weight", g, operand, qg, ctx.dtypes[1])
-                mask = Saver.get(saved, ctx.mask_w)
-                grad_w = grad_w if mask is None else grad_w * mask
-            grad_b = call.products.bias_gradient(g).to(ctx.dtypes[2]) if needs_b else None
-        return grad_x, grad_w, grad_b, None
+            for role, (operand, passage) in ctx.kept.items():
+                shape, dtype = ctx.like[role]
+                found[role], codes, steps = _backward_product(
+                    call, role, g, Saver.get(saved, operand), codes, Saver.get(saved, passage), shape, dtype
+                )
+                learned.update({(role, name): grad for name, grad in steps.items()})
+            bias = call.products.bias_gradient(g).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        needed = ctx.needs_input_grad
+        inputs = (found.get(role) if need else None for role, need in zip(BACKWARD, needed, strict=False))
+        return *inputs, bias, None, *(learned.get(key) for key in call.learned)
 
 
-def _operand(
-    call: Call, product: str, role: str, value: torch.Tensor, used: QTensor | torch.Tensor
-) -> QTensor | torch.Tensor:
+def _packed(value: Value) -> Value:
+    """Return codes as small as they may be kept."""
+    return value.pack() if isinstance(value, QTensor) and packed_width(value.bits) < 8 else value
+
+
+def _operand(call: Call, product: str, role: str, value: torch.Tensor, used: Value) -> Value:
     """Return what ``product`` needs of a forward operand: the forward's codes wherever they serve."""
     if getattr(call.recipe, product) is None:
         return used
@@ -115,18 +127,50 @@ def _operand(
 
 
 def _backward_product(
-    call: Call, product: str, g: torch.Tensor, operand: QTensor | torch.Tensor, qg: QTensor | None, dtype: torch.dtype
-) -> tuple[torch.Tensor, QTensor | None]:
-    """Return a backward product, and the gradient's codes."""
-    recipe = call.recipe
-    if getattr(recipe, product) is None or not isinstance(operand, QTensor):
+    call: Call,
+    role: str,
+    g: torch.Tensor,
+    operand: Value,
+    known: QTensor | None,
+    passage: Passage | None,
+    shape: torch.Size,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, QTensor | None, dict[str, torch.Tensor]]:
+    """Return the gradient of a forward operand, the gradient's codes, and the gradients of the operand's steps.
+
+    Args:
+        call: the layer's call.
+        role: the forward operand whose gradient is wanted.
+        g: gradient of the output.
+        operand: what it is multiplied with.
+        known: the gradient's codes from the other backward product.
+        passage: how the gradient passes the operand's quantizer.
+        shape, dtype: of the operand.
+    """
+    (product, other), recipe, products = BACKWARD[role], call.recipe, call.products
+    spec = getattr(recipe, product)
+    rotated = False
+    codes: QTensor | None = None
+    if spec is None or not isinstance(operand, QTensor):
         wide = torch.promote_types(g.dtype, dtype)
-        return call.products.in_float(product, g.to(wide), _dense(operand, wide)).to(dtype), None
-    shared = (
-        qg is not None
-        and recipe.share_gradient
-        and recipe.grad_input is not None
-        and quantizer_of(recipe, product, "gradient") == recipe.grad_input.gradient
-    )
-    codes = qg if shared and qg is not None else call.quantize(product, "gradient", g, True)[0]
-    return call.products.product(product, codes, operand.unpack(), dtype=dtype, compute=call.compute), codes
+        dense = operand.dequantize(wide) if isinstance(operand, QTensor) else operand.to(wide)
+        grad = products.in_float(product, g.to(wide), dense)
+    else:
+        operand = operand.unpack()
+        shared = known is not None and recipe.share_gradient and recipe.grad_input is not None
+        same = shared and recipe.grad_input is not None and spec.gradient == recipe.grad_input.gradient
+        codes = known if same and known is not None else call.quantize(product, "gradient", g, True)[0]
+        rotated = passage is not None and passage.shares_rotation(operand)
+        keep = (other,) if rotated else ()
+        inside = torch.float32 if passage is not None else dtype
+        if spec.sampling is None:
+            grad = products.product(product, codes, operand, dtype=inside, compute=call.compute, keep=keep)
+        else:
+            rule, noise, compute = spec.sampling, call.key(product, "sampling"), call.compute
+            grad = sampled_product(
+                products, product, codes, operand, shape, rule=rule, noise=noise, compute=compute, keep=keep
+            )
+    steps: dict[str, torch.Tensor] = {}
+    if passage is not None:
+        grad, steps = passage.back(call, role, grad, rotated)
+    return grad.to(dtype), codes, steps

@@ -41,10 +41,14 @@ class Assignment:
 
 
 class QuantizerStates(nn.Module):
-    """The range states of one layer as buffers; a float checkpoint that lacks them loads all the same."""
+    """The quantizer states of one layer, buffers and learned parameters; a float checkpoint without them loads too."""
+
+    def entries(self) -> dict[str, torch.Tensor]:
+        """Return every state entry by its full name."""
+        return {**dict(self.named_buffers()), **dict(self.named_parameters())}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        own = {f"{prefix}{name}" for name, _ in self.named_buffers()}
+        own = {f"{prefix}{name}" for name in self.entries()}
         missing: list[str] = args[2]
         before = len(missing)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -74,6 +78,7 @@ class Quantized:
             dtype = torch.get_autocast_dtype(device)
         training = bool(getattr(module, "training", True))
         recomputing = torch._C._current_graph_task_id() != -1  # activation checkpointing runs forward inside backward
+        learned = self.learned()
         call = Call(
             products=self.products(size),
             recipe=a.recipe,
@@ -84,9 +89,22 @@ class Quantized:
             on_nonfinite=a.on_nonfinite,
             name=a.name,
             dtype=dtype,
+            learned=tuple(learned),
         )
         with torch.autocast(device, enabled=False):
-            return QuantizedProduct.apply(x, weight, bias, call)
+            return QuantizedProduct.apply(x, weight, bias, call, *learned.values())
+
+    def learned(self) -> dict[tuple[str, str], torch.Tensor]:
+        """Return the learned entries of the forward operands' states by (role, name)."""
+        output = self.assignment.recipe.output
+        if output is None:
+            return {}
+        quantizers = {"input": output.input, "weight": output.weight}
+        return {
+            (role, name): self.state_of("output", role)[name]
+            for role, q in quantizers.items()
+            for name in q.range.learned
+        }
 
     def state_of(self, product: str, role: str) -> State:
         """Return the state of an operand's quantizer; empty where it remembers nothing."""
@@ -95,7 +113,7 @@ class Quantized:
         if slot is None or states is None:
             return {}
         prefix = f"{slot}_"
-        return {name[len(prefix) :]: b for name, b in states.named_buffers() if name.startswith(prefix)}
+        return {name[len(prefix) :]: t for name, t in states.entries().items() if name.startswith(prefix)}
 
 
 def init_states(layer: Quantized, recipe: Recipe) -> tuple[QuantizerStates | None, dict[tuple[str, str], str]]:
@@ -111,7 +129,11 @@ def init_states(layer: Quantized, recipe: Recipe) -> tuple[QuantizerStates | Non
             initial = q.init_state(groups)
             known[role, q] = f"{product}_{role}"
             for name, value in initial.items():
-                states.register_buffer(f"{product}_{role}_{name}", value)
+                full = f"{product}_{role}_{name}"
+                if name in q.range.learned:
+                    states.register_parameter(full, nn.Parameter(value))
+                else:
+                    states.register_buffer(full, value)
         slots[product, role] = known[role, q]
     return (states if known else None), slots
 

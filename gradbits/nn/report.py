@@ -86,7 +86,7 @@ def _backend(layer: Any) -> str:
 
 def _bits(recipe: Any, product: str) -> str:
     operands = [q for p, _, q in recipe.operands() if p == product]
-    return "×".join(str(q.bits) for q in operands) or "float"
+    return "×".join("+".join([str(q.bits)] * q.grid.digits) for q in operands) or "float"
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

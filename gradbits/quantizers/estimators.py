@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from gradbits.core.grain import Grain
 from gradbits.core.spec import Spec
+from gradbits.quantizers.grids import Grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,17 @@ class STE(Spec):
     def mask(self, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor | None:
         """Return where the gradient passes, or None where it passes everywhere."""
         return (x >= low) & (x <= high) if self.clip else None
+
+    @property
+    def learns(self) -> bool:
+        """Whether the range has parameters that get gradients; then ``backward`` takes the place of ``mask``."""
+        return False
+
+    def backward(
+        self, x: torch.Tensor, grad: torch.Tensor, grid: Grid, grain: Grain, state: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the gradient of ``x`` and of the state's learned entries, for the gradient of the quantized values."""
+        raise NotImplementedError
 
 
 class StraightThrough(torch.autograd.Function):

@@ -90,8 +90,8 @@ class MagnitudeClip(RangeRule):
 
     .. math:: s_t = (1 - k A)\,s_{t-1} + A\,\max|g|_t
 
-    from :math:`s_0 = \max|g|_0`; :math:`s_{t-1}` is the value used last, whatever the class was then. A channel of zeros
-    gives zeros and keeps its s.
+    from :math:`s_0 = \max|g|_0`; :math:`s_{t-1}` is the value used last, whatever the class was then. A channel of
+    zeros gives zeros and keeps its s.
 
     Args:
         threshold: ``λ``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -35,6 +36,8 @@ def min_max(x: torch.Tensor, grain: Grain) -> tuple[torch.Tensor, torch.Tensor]:
 @dataclass(frozen=True, kw_only=True)
 class RangeRule(Spec):
     """How the range of a quantizer is chosen; the base of all rules."""
+
+    learned: ClassVar[tuple[str, ...]] = ()  # entries of the state that are parameters of the layer
 
     @property
     def can_clip(self) -> bool:

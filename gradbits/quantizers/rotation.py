@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,6 +28,18 @@ class RotationRule(Spec):
     def init_state(self) -> State:
         """Return the state one layer keeps for this rotation; empty where it remembers nothing."""
         return {}
+
+    def settle(
+        self, length: int, errors: Sequence[Callable[[Rotation], torch.Tensor]], states: Sequence[State]
+    ) -> None:
+        """Settle, once, what operands that share this rotation along their contracted axis must agree on.
+
+        Args:
+            length: of the contracted axis.
+            errors: for each operand, the quantization error (Frobenius norm) that a rotation along axis 1 would leave.
+            states: of the operands; changed in place.
+        """
+        return None
 
     def apply(self, x: torch.Tensor, axis: int, bits: int, state: State) -> tuple[torch.Tensor, Rotation | None]:
         """Return the rotated ``x`` and the rotation, or ``x`` and None where rotating does not pay.

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
-from gradbits.core.checks import check_choice
+from gradbits.core.checks import check_choice, check_instance
 from gradbits.core.errors import ArgumentError, ScaleAxisError
 from gradbits.core.grain import PerBlock, PerChannel, PerTensor
 from gradbits.core.spec import Spec
 from gradbits.quantizers.grids import Grid
+from gradbits.quantizers.leverage import Leverage
 from gradbits.quantizers.quantizer import Quantizer
 
 KEEP_FLOAT = ("first_conv", "last_linear")
@@ -28,7 +29,19 @@ LEGAL_AXIS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Output(Spec):
+class Product(Spec):
+    """The operands of one product; the base of the three."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.name == "sampling":
+                check_instance(getattr(self, field.name), field.name, Leverage, None)
+            else:
+                check_instance(getattr(self, field.name), field.name, Quantizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output(Product):
     """The operands of ``output`` = input · weightᵀ."""
 
     input: Quantizer
@@ -36,19 +49,21 @@ class Output(Spec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradInput(Spec):
-    """The operands of ``grad_input`` = gradient · weight."""
+class GradInput(Product):
+    """The operands of ``grad_input`` = gradient · weight, and how its rows are sampled, if they are."""
 
     gradient: Quantizer
     weight: Quantizer
+    sampling: Leverage | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradWeight(Spec):
-    """The operands of ``grad_weight`` = gradientᵀ · input."""
+class GradWeight(Product):
+    """The operands of ``grad_weight`` = gradientᵀ · input, and how its rows are sampled, if they are."""
 
     gradient: Quantizer
     input: Quantizer
+    sampling: Leverage | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +98,7 @@ class Recipe(Spec):
 
     Raises:
         ScaleAxisError: an operand's scale varies along the axis that its product sums over.
+        ArgumentError: a range per row remembers, or a field is not legal.
 
     >>> from gradbits.core.grain import PerRow
     >>> q = Quantizer()
@@ -103,10 +119,18 @@ so its scale cannot leave the integer product; legal are PerTensor() and PerChan
     learning_rate: LayerLearningRate | None = None
 
     def __post_init__(self) -> None:
-        for role in self.keep_float:
+        if not check_instance(self.name, "name", str):
+            raise ArgumentError("name='': must not be empty")
+        for product, kind in {"output": Output, "grad_input": GradInput, "grad_weight": GradWeight}.items():
+            check_instance(getattr(self, product), product, kind, None)
+        check_instance(self.share_gradient, "share_gradient", bool)
+        check_instance(self.matmul, "matmul", bool, Recipe)
+        check_instance(self.learning_rate, "learning_rate", LayerLearningRate, None)
+        for role in check_instance(self.keep_float, "keep_float", tuple):
             check_choice(role, "keep_float", KEEP_FLOAT)
         for product, role, quantizer in self.operands():
             _check_axis(product, role, quantizer)
+            _check_memory(product, role, quantizer)
         _check_rotations(self)
 
     def operands(self) -> Iterator[tuple[str, str, Quantizer]]:
@@ -115,12 +139,15 @@ so its scale cannot leave the integer product; legal are PerTensor() and PerChan
             spec = getattr(self, product)
             if spec is not None:
                 for field in fields(spec):
-                    yield product, field.name, getattr(spec, field.name)
+                    operand = getattr(spec, field.name)
+                    if isinstance(operand, Quantizer):
+                        yield product, field.name, operand
 
     @property
     def is_stochastic(self) -> bool:
         """Whether any operand draws noise."""
-        return any(q.is_stochastic for _, _, q in self.operands())
+        sampled = any(getattr(spec, "sampling", None) for spec in (self.grad_input, self.grad_weight))
+        return sampled or any(q.is_stochastic for _, _, q in self.operands())
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Recipe:
         """Return the recipe with some fields replaced.
@@ -154,8 +181,25 @@ def _check_axis(product: str, role: str, quantizer: Quantizer) -> None:
     )
 
 
+def _check_memory(product: str, role: str, quantizer: Quantizer) -> None:
+    """Refuse a state for each row: the rows of two batches have nothing in common, not even their number."""
+    by_row = role != "weight" and isinstance(quantizer.grain, PerChannel) and quantizer.grain.axis == 0
+    one, two = (quantizer.range.init_state(groups) for groups in (1, 2))
+    if by_row and any(one[name].shape != two[name].shape for name in one):
+        raise ArgumentError(
+            f"{product}.{role}.range={quantizer.range}: remembers a range for each row, but the rows change with every "
+            "batch; legal are rules that look at one batch, or the grain PerTensor()"
+        )
+
+
 def _check_rotations(recipe: Recipe) -> None:
     """Refuse a rotation along a contracted axis, unless it is orthogonal and both operands share it."""
+    for product, role, q in recipe.operands():
+        if role != "gradient" and q.rotation is not None and not q.rotation.orthogonal and q.range.can_clip:
+            raise ArgumentError(
+                f"{product}.{role}.rotation={q.rotation}: with a range that clips, the rotation of an operand of the "
+                "forward pass must be orthogonal"
+            )
     rotations = {(product, role): q.rotation for product, role, q in recipe.operands()}
     for (product, role), rotation in rotations.items():
         if rotation is None or rotation.axis == LEGAL_AXIS[product, role]:
@@ -193,7 +237,7 @@ def _override(recipe: Recipe, path: str, value: Any) -> Recipe:
 def _set(spec: Any, path: str, value: Any, whole: str) -> Any:
     head, _, rest = path.partition(".")
     if isinstance(spec, Quantizer) and head == "bits":
-        head, rest = "grid", "bits"
+        head, rest = "grid", f"bits.{rest}" if rest else "bits"
     names = [f.name for f in fields(spec)] if is_dataclass(spec) else []
     if head not in names:
         legal = ", ".join(names) or "nothing: it is None in this recipe"
@@ -201,6 +245,8 @@ def _set(spec: Any, path: str, value: Any, whole: str) -> Any:
     current = getattr(spec, head)
     if not rest and isinstance(current, Grid) and not isinstance(value, Spec):
         raise ArgumentError(f"{whole}={value!r}: set one of its fields, for example {whole}.bits")
+    if rest and not isinstance(current, Spec):
+        raise ArgumentError(f"{whole}={value!r}: {head} has no parts")
     new = _set(current, rest, value, whole) if rest else value
     try:
         return replace(spec, **{head: new})
