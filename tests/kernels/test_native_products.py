@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradbits.kernels import simulate
+from gradbits.kernels import onednn, simulate
 from gradbits.kernels.dispatch import Epilogue, Request, choose
 from gradbits.kernels.geometry import ConvGeometry
 from gradbits.kernels.native import products as native
@@ -144,11 +144,17 @@ def test_large_convolutions_for_any_number_of_threads(native_level, threads):
 
 
 def test_the_dispatcher_chooses_what_was_measured(native_level):
-    """The gradient of a weight always; thin sums over large images go to PyTorch's kernel where it runs."""
+    """The gradient of a weight always; thin sums, and moderate ones over large images, go to PyTorch's kernel."""
     assert choose("conv_grad_weight", Request("cpu", 100, 2)).backend == "native"
-    assert choose("conv_output", Request("cpu", 576, 2, 1, 1 << 25)).backend == "native"
+    assert choose("conv_output", Request("cpu", 1152, 2, 1, 1 << 25)).backend == "native"
+    assert choose("conv_output", Request("cpu", 576, 2, 1, 1 << 21)).backend == "native"
     assert choose("conv_output", Request("cpu", 27, 2, 1, 1 << 10)).backend == "native"
     assert choose("conv_output", Request("cpu", 27, 3, 1, 1 << 25)).backend == "native"
-    thin = choose("conv_output", Request("cpu", 27, 2, 1, 1 << 25)).backend
-    assert thin in ("onednn", "native")
+    for thin in (
+        Request("cpu", 27, 2, 1, 1 << 25),
+        Request("cpu", 576, 2, 1, 1 << 25),
+        Request("cpu", 576, 2, 4, 1 << 21),
+    ):
+        expected = "native" if onednn.why_not(thin) else "onednn"
+        assert choose("conv_output", thin).backend == expected
     assert choose("matmul", Request("cpu", 64), "simulate").backend == "simulate"

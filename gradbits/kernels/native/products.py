@@ -12,18 +12,23 @@ from gradbits.kernels.geometry import ConvGeometry, channels_first, channels_las
 from gradbits.kernels.native import library
 from gradbits.kernels.native.product_args import TERMS, ProductArgs, Result, plain_args, triple
 
-LARGE = 1 << 20  # elements of a matrix product that is worth its own epilogue
-THIN = 256  # sums of fewer products leave registers idle: measured slower than PyTorch's kernel for large images
+THIN = 256  # sums of fewer products leave registers idle
+DEEP = 1024  # sums of so many products are as fast here as anywhere
+WIDE = 1 << 23  # bytes of patches beyond which PyTorch's kernel wins back the time it takes to prepare
 NARROW = 16  # groups of fewer channels are merged until they fill a register
 
 
 def conv_why_not(request: Request) -> str | None:
     """Return why a convolution's ``output`` or ``grad_input`` should not be computed here, or None.
 
-    Where PyTorch's kernel cannot run, or the product is small, this one was measured to be faster than patches.
+    Measured: PyTorch's kernel is faster for groups, for few channels, and for large images of moderately many; this
+    one for small images, many channels and strided ``grad_input``, which is several calls there.
     """
-    if request.terms and onednn.why_not(request) is None and (request.groups > 1 or request.terms < THIN):
-        return "few products in each sum: onednn.qconv2d_pointwise is faster"
+    if request.terms == 0 or onednn.why_not(request) is not None:
+        return None
+    large = request.terms < DEEP and (request.patch_bytes or 0) > WIDE
+    if request.groups > 1 or request.terms < THIN or large:
+        return "onednn.qconv2d_pointwise was measured to be faster for such channels and images"
     return None
 
 
@@ -34,12 +39,10 @@ def _fits(epilogue: Epilogue) -> bool:
 def matmul(a: torch.Tensor, b: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
     """Return the product of codes ``a`` [..., M, K] and ``b`` [..., K, N]; leading axes are equal.
 
-    A single matrix goes through ``torch._int_mm`` where that is exact and the library's product was not measured to be
-    faster: small results, and sums over rows (``grad_weight``).
+    A single matrix goes through ``torch._int_mm`` where that is exact: it was measured to be as fast or faster, its
+    epilogue included. Batches, and processors without int8 dot products, go through the library.
     """
-    small = a.dim() == 2 and a.shape[0] * b.shape[1] < LARGE
-    by_rows = a.dim() == 2 and a.stride(1) != 1
-    if not _fits(epilogue) or ((small or by_rows) and reference.int_mm_is_exact("cpu")):
+    if not _fits(epilogue) or (a.dim() == 2 and reference.int_mm_is_exact("cpu")):
         return reference.matmul(a, b, epilogue)
     return own_matmul(a, b, epilogue)
 
