@@ -14,6 +14,7 @@ VERBS: dict[str, str] = {
     "doctor": "doctor",
     "recipes": "recipes",
     "train": "train",
+    "evaluate": "evaluate",
     "compress": "storage",
     "decompress": "storage",
     "inspect": "storage",

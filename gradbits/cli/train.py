@@ -51,6 +51,12 @@ def train(
     pack_activations: Annotated[
         int | None, typer.Option(help="Bits of what autograd keeps for the backward pass, 2 to 8. Default: as it is.")
     ] = None,
+    prune: Annotated[
+        float | None, typer.Option(help="Sparsity of the weights, reached from 10 to 60 % of the steps, as 0.9.")
+    ] = None,
+    share: Annotated[
+        int | None, typer.Option(help="Bits of codebooks, 1 to 8, that the last fifth of the steps trains.")
+    ] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints, besides one at each test.")] = None,
     log_every: Annotated[int | None, typer.Option(help="Steps between lines of log.jsonl. Default: 10.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for everything. Default: a fresh one under runs/.")] = None,
@@ -93,6 +99,8 @@ def train(
         threads=threads,
         compute=compute,
         pack_activations=pack_activations,
+        prune=prune,
+        share=share,
         save_every=save_every,
         log_every=log_every,
     )
@@ -106,6 +114,7 @@ def train(
         again = shlex.join([*program, "train", "--out", str(experiment.folder().root), "--resume"])
         console.print(f"stopped, the state is saved; to go on: {again}", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(128 + stopped.signal) from stopped
+    console.print(f"models: {experiment.folder().models}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"results: {experiment.folder().results}", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from gradbits.core.errors import ArgumentError, CorruptDataError, MissingDependencyError
 from gradbits.core.files import write_atomically
 from gradbits.train.checkpoint import load_checkpoint
+from gradbits.train.compressing import weight_sparsity
 from gradbits.train.datasets import TEXT_SETS, load_data
 from gradbits.train.entry import Entry
 from gradbits.train.folder import Folder, check_usable, claim, open_run, read_run, write_run
@@ -21,6 +22,7 @@ from gradbits.train.interrupt import StopRequest, stop_on_signals
 from gradbits.train.log import Log
 from gradbits.train.loop import Plan, Position, read_position, restore, train
 from gradbits.train.measure import measure
+from gradbits.train.model_file import model_metadata, save_model
 from gradbits.train.network import Network, build_network
 from gradbits.train.options import TrainOptions
 from gradbits.train.picture import draw_log
@@ -31,11 +33,12 @@ from gradbits.train.tasks import CONTEXT, Task, make_task
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One network to train: its entry, its seed and the file of its checkpoint."""
+    """One network to train: its entry, its seed, and the files of its checkpoint and of the trained model."""
 
     entry: Entry
     seed: int
     checkpoint: Path
+    model: Path
 
 
 class Experiment:
@@ -101,7 +104,7 @@ class Experiment:
             if self.resumed and folder.results.is_file():
                 records = load_results(folder.results)
             else:
-                records = self._measure_all(ends, stop)
+                records = self._measure_all(folder, ends, stop)
                 save_results(folder.results, records)
         title = f"{self.options.data}, {self.options.model}"
         try:
@@ -142,7 +145,12 @@ class Experiment:
                 if not network.entry.is_float:
                     _write_report(folder.report(index, network.entry), network.model)
         self.jobs = [
-            Job(entry=entry, seed=seed, checkpoint=folder.checkpoint(index, entry, seed))
+            Job(
+                entry=entry,
+                seed=seed,
+                checkpoint=folder.checkpoint(index, entry, seed),
+                model=folder.model(index, entry, seed, [each.slug for each in entries]),
+            )
             for seed in seeds
             for index, entry in enumerate(entries, start=1)
         ]
@@ -197,12 +205,13 @@ class Experiment:
                     stop=stop,
                     identity=self._identity(job),
                     position=position,
+                    metadata=model_metadata(job.entry, options, job.seed),
                 )
         finally:
             reporter.stop()
 
-    def _measure_all(self, ends: list[Position], stop: StopRequest) -> list[Record]:
-        """Measure the trained networks of each seed side by side and return the records."""
+    def _measure_all(self, folder: Folder, ends: list[Position], stop: StopRequest) -> list[Record]:
+        """Write the trained models, measure the networks of each seed side by side and return the records."""
         records = []
         for seed in self.options.seeds or ():
             group = [(job, end) for job, end in zip(self.jobs, ends, strict=True) if job.seed == seed]
@@ -210,9 +219,11 @@ class Experiment:
             for job, _ in group:
                 network = self._build(job.entry, job.seed)
                 restore(network, job.checkpoint, self._identity(job))
+                save_model(job.model, network.model, model_metadata(job.entry, self.options, seed))
                 networks.append(network)
+            sparsities = [weight_sparsity(network.model) for network in networks]  # before measuring trains them on
             costs = measure(networks, self.task, seed, stop)
-            for (job, end), cost in zip(group, costs, strict=True):
+            for (job, end), cost, sparsity in zip(group, costs, sparsities, strict=True):
                 records.append(
                     make_record(
                         entry=job.entry,
@@ -222,6 +233,8 @@ class Experiment:
                         at=end,
                         cost=cost,
                         command=self.command,
+                        model_file=job.model.relative_to(folder.root).as_posix(),
+                        sparsity=sparsity,
                     )
                 )
         return records

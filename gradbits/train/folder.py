@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,19 @@ class Folder:
         """The folder of the reports: what was quantized in each network and what was not, and why."""
         return self.root / "reports"
 
+    @property
+    def models(self) -> Path:
+        """The folder of the trained models."""
+        return self.root / "models"
+
     def checkpoint(self, index: int, entry: Entry, seed: int) -> Path:
         """The checkpoint of one network; ``index`` keeps labels apart that look alike as file names."""
         return self.checkpoints / f"{index}-{entry.slug}-seed{seed}.pt"
+
+    def model(self, index: int, entry: Entry, seed: int, slugs: Sequence[str]) -> Path:
+        """The trained model of one network; ``slugs`` of all networks say whether its own one is unmistakable."""
+        name = entry.slug if slugs.count(entry.slug) == 1 else f"{index}-{entry.slug}"
+        return self.models / f"{name}-seed{seed}.safetensors"
 
     def report(self, index: int, entry: Entry) -> Path:
         """The report of one network."""
@@ -69,7 +80,7 @@ class Folder:
         """Remove what an earlier run left here, and nothing else."""
         for path in (self.options, self.log, self.results, self.curves):
             path.unlink(missing_ok=True)
-        for folder in (self.checkpoints, self.reports):
+        for folder in (self.checkpoints, self.models, self.reports):
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def train(
     stop: StopRequest,
     identity: dict[str, Any],
     position: Position | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Position:
     """Train ``network`` from ``position`` to the end and return where it ended.
 
@@ -79,6 +81,7 @@ def train(
         stop: looked at between steps.
         identity: what the checkpoint says of itself, compared by ``restore``.
         position: None for a start at step 0.
+        metadata: what the checkpoint says of its model, see ``model_metadata``.
 
     Raises:
         Interrupted: a stop was requested; the state has been saved.
@@ -89,7 +92,8 @@ def train(
 
     def save() -> None:
         at.log_bytes = log.size()
-        save_checkpoint(checkpoint, {"position": asdict(at), "network": network.state_dict()})
+        tree = {"position": asdict(at), "network": network.state_dict(), "metadata": dict(metadata or {})}
+        save_checkpoint(checkpoint, tree)
 
     try:
         while at.step < plan.total or at.tested < at.step:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from gradbits.core.errors import CorruptDataError
 from gradbits.nn import pack_activations
 from gradbits.train.companion import Companion
+from gradbits.train.compressing import compression_companions
 from gradbits.train.entry import Entry
 from gradbits.train.models import build_model
 from gradbits.train.options import TrainOptions
@@ -145,6 +146,9 @@ def build_network(entry: Entry, options: TrainOptions, task: Task, seed: int, to
 
         if isinstance(handle := attach_companion_(optimizer, model), Companion):
             companions.append(handle)
+    companions += compression_companions(
+        model, optimizer, prune=options.prune, share=options.share, total_steps=total_steps
+    )
     cosine = options.schedule == "cosine"
     schedule = partial(_cosine, total=total_steps) if cosine else _constant
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)

@@ -16,6 +16,7 @@ from gradbits.core.errors import ArgumentError, CorruptDataError
 from gradbits.train.datasets import DATA_SETS, TEXT_SETS
 from gradbits.train.entry import FLOAT, Entry, parse_entry, parse_override
 from gradbits.train.models import IMAGE_MODELS, TEXT_MODELS
+from gradbits.train.sharing import SHARE_BITS
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("cosine", "constant")
@@ -54,6 +55,8 @@ class TrainOptions:
         device, threads: where it is computed.
         compute: how products of quantized layers are computed.
         pack_activations: bits of what autograd keeps, for every network; None packs nothing.
+        prune: sparsity that the weights of every network reach while they train; None prunes nothing.
+        share: bits of the codebooks that the weights of every network end in; None shares nothing.
         save_every, log_every: steps between checkpoints (besides those at every test) and between lines of the log.
     """
 
@@ -77,6 +80,8 @@ class TrainOptions:
     threads: int | None = None
     compute: str | None = None
     pack_activations: int | None = None
+    prune: float | None = None
+    share: int | None = None
     save_every: int | None = None
     log_every: int | None = None
 
@@ -130,6 +135,10 @@ class TrainOptions:
                 check_integer(value, name, low)
         if self.pack_activations is not None:
             check_bits(self.pack_activations, "pack_activations")
+        if self.prune is not None:
+            check_number(self.prune, "prune", 0.0, 1.0, open_low=True, open_high=True)
+        if self.share is not None:
+            check_bits(self.share, "share", *SHARE_BITS)
         for name in ("batch_size", "threads", "log_every"):
             check_integer(getattr(self, name), name, 1)
         check_choice(self.optimizer, "optimizer", OPTIMIZERS)

@@ -29,12 +29,22 @@ METRICS = ("test_accuracy", "bits_per_byte")
 
 
 def make_record(
-    *, entry: Entry, options: TrainOptions, task: Task, seed: int, at: Position, cost: Cost, command: str
+    *,
+    entry: Entry,
+    options: TrainOptions,
+    task: Task,
+    seed: int,
+    at: Position,
+    cost: Cost,
+    command: str,
+    model_file: str,
+    sparsity: float,
 ) -> Record:
     """Return the record of one trained network: JSON values, ``None`` for a number that is not finite.
 
     ``test_accuracy`` is a share from 0 to 1; ``train_loss`` is the mean cross-entropy in nats over the last epoch (or
-    over all steps, if there were fewer).
+    over all steps, if there were fewer). ``model_file`` is relative to the folder of the run; ``sparsity`` is the part
+    of exact zeros among the weights of two axes or more.
     """
     record = {
         "network": entry.label,
@@ -62,6 +72,10 @@ def make_record(
         "threads": options.threads,
         "compute": options.compute,
         "pack_activations": options.pack_activations,
+        "prune": options.prune,
+        "share": options.share,
+        "sparsity": sparsity,
+        "model_file": model_file,
         "versions": versions(),
         "command": command,
     }

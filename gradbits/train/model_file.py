@@ -1,0 +1,104 @@
+"""Trained models as files: ordinary safetensors that say what they are, and whatever else holds a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gradbits.core.errors import CorruptDataError
+from gradbits.core.files import write_atomically
+from gradbits.nn.layers import QuantizerStates
+from gradbits.storage.sources import open_source
+from gradbits.train.checkpoint import FORMAT, load_checkpoint
+from gradbits.train.entry import Entry
+from gradbits.train.options import TrainOptions
+
+
+def model_metadata(entry: Entry, options: TrainOptions, seed: int) -> dict[str, str]:
+    """Return what a model file says of itself; paths are left out, for they mean nothing elsewhere."""
+    metadata = {
+        "data": options.data or "",
+        "model": options.model or "",
+        "model_set": json.dumps(list(options.model_set or ())),
+        "recipe": entry.label,
+        "seed": str(seed),
+    }
+    if options.limit is not None:  # images are standardised by the training samples that were used
+        metadata["limit"] = str(options.limit)
+    return metadata
+
+
+def state_names(model: nn.Module) -> set[str]:
+    """Return the names of everything that the quantizers of ``model`` remember.
+
+    >>> import gradbits as gb
+    >>> net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)); _ = gb.quantize_(net, "int8_dynamic")
+    >>> state_names(net)
+    set()
+    """
+    prefixes = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, QuantizerStates))
+    return {name for name in model.state_dict() if name.startswith(prefixes)}
+
+
+def save_model(path: Path, model: nn.Module, metadata: Mapping[str, str]) -> None:
+    """Write the parameters and buffers of ``model`` as safetensors; quantizer states are left out.
+
+    So a float model of the same kind loads the file with ``load_state_dict(..., strict=True)``.
+
+    Args:
+        path: the file to make; it appears whole or not at all.
+        model: quantized or not.
+        metadata: strings by name.
+
+    Raises:
+        GradbitsError: the file cannot be written.
+    """
+    from safetensors.torch import save
+
+    left_out = state_names(model)
+    tensors = {
+        # copies, because safetensors stores no memory twice and tied weights have both their names
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in model.state_dict().items()
+        if name not in left_out
+    }
+    data = save(tensors, dict(metadata))
+    write_atomically(path, lambda file: file.write(data))
+
+
+def load_model(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
+    """Return tensors and metadata of a model file: safetensors, gbz, a checkpoint of a run or another torch file.
+
+    Raises:
+        MissingDataError: it cannot be read.
+        CorruptDataError: it is damaged, or of no known format.
+        ArgumentError: a torch file without a model.
+    """
+    if _is_checkpoint(path):
+        tree = load_checkpoint(path)  # compares its checksum
+        try:
+            tensors, metadata = dict(tree["network"]["model"]), dict(tree.get("metadata", {}))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise CorruptDataError(f"{path}: is not a checkpoint of a training run") from error
+    else:
+        source = open_source(path)
+        tensors, metadata = dict(source.tensors()), dict(source.metadata)
+    for name, value in metadata.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise CorruptDataError(f"{path}: metadata {name!r} is not a text")
+    return tensors, metadata
+
+
+def _is_checkpoint(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"PK\x03\x04":
+                return False
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # whatever is wrong with it, the reader of sources says it better
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT
