@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import gradbits as gb
-from gradbits.core.errors import ArgumentError, ScaleAxisError
+from gradbits.core.errors import ArgumentError, NothingToQuantizeError, ScaleAxisError
+from gradbits.nn.bilinear import LinearProducts
 from gradbits.quantizers.householder import Householder
 from gradbits.quantizers.quantizer import Quantizer
 from gradbits.recipes.recipe import GradWeight, Recipe
@@ -152,7 +153,7 @@ def test_attention_products():
             assert float((got - want).norm() / want.norm()) < 0.05
     # a rotation over the batch of matrices is refused with its reason
     rotated = replace(gb.recipe("statquant_bhq"), matmul=True)
-    with pytest.raises(gb.nn.convert.NothingToQuantizeError, match="mix the matrices"):
+    with pytest.raises(NothingToQuantizeError, match="mix the matrices"):
         gb.quantize_(gb.nn.Matmul(), rotated)
 
 
@@ -162,7 +163,7 @@ def test_a_rotation_of_the_summed_axis_is_refused():
         Recipe(name="wrong", grad_weight=GradWeight(gradient=gradient, input=Quantizer()))
     q = gradient.quantize(torch.randn(8, 3))
     with pytest.raises(ScaleAxisError, match="sums over"):
-        gb.nn.bilinear.LinearProducts().product("grad_weight", q, Quantizer().quantize(torch.randn(8, 4)))
+        LinearProducts().product("grad_weight", q, Quantizer().quantize(torch.randn(8, 4)))
 
 
 def test_options_are_checked():
