@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 
 from gradbits.core.checks import check_number
-from gradbits.core.grain import Grain
+from gradbits.core.grain import Grain, PerBlock, PerChannel
 from gradbits.core.spec import Spec
+from gradbits.kernels.dispatch import Request, run
 from gradbits.quantizers.grids import Grid
 
 State = dict[str, torch.Tensor]
@@ -26,11 +27,13 @@ def min_max(x: torch.Tensor, grain: Grain) -> tuple[torch.Tensor, torch.Tensor]:
     shape = grain.scale_shape(x.shape)
     if x.numel() == 0:
         return torch.zeros(shape, device=x.device), torch.zeros(shape, device=x.device)
-    if torch.Size(shape).numel() == 1:
-        low, high = torch.aminmax(x)
-    else:
-        low, high = torch.aminmax(grain.split(x), dim=-1)
-    return low.float().reshape(shape), high.float().reshape(shape)
+    axis = None
+    if isinstance(grain, PerBlock):
+        x, axis = grain.split(x), 0
+    elif isinstance(grain, PerChannel):
+        axis = grain.axis % x.dim()
+    low, high = run("min_max", Request(x.device.type), "auto", x, axis)
+    return low.reshape(shape), high.reshape(shape)
 
 
 @dataclass(frozen=True, kw_only=True)
