@@ -89,7 +89,7 @@ class Call:
         turned = rotation.along(self.products.own_axis(role, 1)).forward(value.detach())
         plain = replace(q, rotation=None)
         fresh = plain.init_state(torch.Size(q.grain.scale_shape(turned.shape)).numel())
-        return (plain.quantize(turned, state=fresh, tokens=self.products.tokens).dequantize() - turned).norm()
+        return (plain.quantize(turned, state=fresh, tokens=self.products.tokens).dequantize() - turned).double().norm()
 
     def quantize(
         self, product: str, role: str, value: torch.Tensor, update: bool, state: State | None = None
