@@ -84,7 +84,8 @@ class Quantized:
             recipe=a.recipe,
             state_of=self.state_of,
             compute=a.compute,
-            seed=draw_seed() if a.recipe.is_stochastic and torch.is_grad_enabled() else 0,
+            # reentrant checkpointing runs the first forward without gradients: it must draw as the second will
+            seed=draw_seed() if a.recipe.is_stochastic and (training or torch.is_grad_enabled()) else 0,
             update=training and not recomputing,
             on_nonfinite=a.on_nonfinite,
             name=a.name,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from gradbits.kernels.dispatch import Request, choose
-from gradbits.nn.layers import QUANTIZED_CLASSES, Quantized
+from gradbits.nn.layers import QUANTIZED_CLASSES, Quantized, QuantizerStates
 from gradbits.nn.matmul import Matmul
 
 PRODUCTS = ("output", "grad_input", "grad_weight")
@@ -95,7 +95,8 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         direct = bool(next(module.parameters(recurse=False), None) is not None)
         is_norm = "Norm" in type(module).__name__
-        if isinstance(module, (Quantized, *own)) or (direct and not is_norm):
+        inner = isinstance(module, QuantizerStates)  # a part of the quantized layer above it
+        if isinstance(module, (Quantized, *own)) or (direct and not is_norm and not inner):
             yield name, module
 
 

@@ -1,0 +1,368 @@
+"""The method table: one line a recipe, and every generic check that a recipe inherits from it.
+
+A new recipe needs one line in ``METHODS``; a test fails while a published recipe is missing. The unbiasedness test is a
+z-test that fails an honest recipe with probability 1e-6 on a fresh seed; seeds are fixed.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from torch import nn
+
+import gradbits as gb
+from gradbits.core.errors import NothingToQuantizeError
+from gradbits.nn.layers import Quantized
+from gradbits.recipes.recipe import Recipe
+
+ALARM = 1e-6
+
+
+@dataclass(frozen=True)
+class Method:
+    """A recipe with options, and what the generic checks must know of it.
+
+    Args:
+        name, options: as for ``gradbits.recipe``.
+        leaves: layers of ``LAYERS`` that it leaves in float.
+        error: largest relative error (2-norm) of output and gradients against the float layer, on ordinary input.
+        loss: the loss of the small network after ``STEPS`` steps, relative to the first.
+        own_operands: whether a backward product rounds a forward operand anew; its gradients then estimate another
+            point than the quantized forward pass.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    leaves: tuple[str, ...] = ()
+    error: float = 0.05
+    loss: float = 0.5
+    own_operands: bool = False
+
+    def __str__(self) -> str:
+        return "-".join([self.name, *(f"{k}={v}" for k, v in self.options.items())])
+
+    def recipe(self, layer: str = "") -> Recipe:
+        """The recipe for every layer, whatever its place in the model; attention products may have their own."""
+        recipe = replace(gb.recipe(self.name, **self.options), keep_float=())
+        return recipe.matmul if layer == "matmul" and isinstance(recipe.matmul, Recipe) else recipe
+
+
+METHODS = [
+    Method("int8_dynamic"),
+    Method("int8_dynamic", {"rows": "row", "share_gradient": False}, own_operands=True),
+    Method("int8_dynamic", {"bits": 4}, error=0.6, loss=0.8),
+    Method("unified_int8", leaves=("matmul",)),
+    Method("unified_int8", {"search": "descent", "activation_range": "ema"}, leaves=("matmul",), error=0.1, loss=0.7),
+    Method("statquant_ptq", error=0.1),
+    Method("statquant_psq", {"rows": "sample", "zero": "widen"}, error=0.1),
+    Method("statquant_bhq", error=0.3),
+    Method("adaptive_int8", leaves=("matmul",), error=0.1),
+    Method("int4_transformer", leaves=("matmul",), error=0.9, loss=0.8),
+]
+
+
+def problems() -> dict[str, tuple[nn.Module, tuple[torch.Tensor, ...]]]:
+    """Small float layers and inputs."""
+    torch.manual_seed(0)
+    return {
+        "linear": (nn.Linear(10, 6), (torch.randn(12, 10),)),
+        "tokens": (nn.Linear(9, 5, bias=False), (torch.randn(3, 5, 9),)),
+        "conv2d": (nn.Conv2d(4, 6, 3, stride=2, padding=1), (torch.randn(3, 4, 7, 6),)),
+        "matmul": (gb.nn.Matmul(), (torch.randn(2, 1, 5, 7), torch.randn(2, 1, 7, 4))),
+    }
+
+
+LAYERS = tuple(problems())
+PAIRS = [(method, layer) for method in METHODS for layer in LAYERS if layer not in method.leaves]
+CLAIMED = [(m, layer) for m, layer in PAIRS if gb.recipes()[m.name].unbiased and not m.own_operands]
+each_method = pytest.mark.parametrize("method", METHODS, ids=str)
+each_pair = pytest.mark.parametrize(("method", "layer"), PAIRS, ids=str)
+
+
+def setup(method: Method, layer: str, compute: str = "auto", recipe: Recipe | None = None) -> nn.Module:
+    """Return a quantized copy of a layer."""
+    module = copy.deepcopy(problems()[layer][0])
+    gb.quantize_(module, recipe or method.recipe(), compute=compute, strict=True)
+    return module
+
+
+def run(module: nn.Module, inputs: tuple[torch.Tensor, ...], seed: int = 0, grad: torch.Tensor | None = None):
+    """Return output and all gradients by name; ``grad`` defaults to one of uneven rows, drawn under a fixed seed."""
+    inputs = tuple(x.detach().requires_grad_() for x in inputs)
+    parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    torch.manual_seed(seed)
+    y = module(*inputs)
+    if grad is None:
+        rng = torch.Generator().manual_seed(7)
+        rows = torch.exp(torch.randn(y.shape[0], *(1,) * (y.dim() - 1), generator=rng))
+        grad = (torch.randn(y.shape, generator=rng) * rows).to(y.dtype)
+    tensors = (*inputs, *parameters.values())
+    grads = torch.autograd.grad(y, tensors, grad, allow_unused=True)
+    names = [*(f"input{i}" for i in range(len(inputs))), *parameters]
+    return {"output": y.detach(), **{n: g for n, g in zip(names, grads, strict=True) if g is not None}}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether the bits are the same; a state that has seen nothing yet holds NaN."""
+    return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=0, atol=0, equal_nan=True) for k in a)
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-300))
+
+
+def test_the_table_is_complete():
+    missing = set(gb.recipes()) - {m.name for m in METHODS}
+    assert not missing, f"add a line to METHODS for {sorted(missing)}"
+    assert len({str(m) for m in METHODS}) == len(METHODS)
+
+
+@each_method
+def test_it_is_published_and_travels_as_json(method):
+    recipe = gb.recipe(method.name, **method.options)
+    assert recipe.name == method.name
+    assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+@each_method
+def test_what_is_quantized(method):
+    for layer in LAYERS:
+        module = problems()[layer][0]
+        if layer in method.leaves:
+            with pytest.raises(NothingToQuantizeError, match=method.name):
+                gb.quantize_(module, method.recipe())
+        else:
+            (row,) = gb.quantize_(module, method.recipe()).rows
+            assert (row.recipe, row.reason) == (method.recipe(layer).name, "")
+
+
+@each_pair
+def test_simulated_equals_integer(method, layer):
+    inputs = problems()[layer][1]
+    a, b = (setup(method, layer, compute) for compute in ("integer", "simulate"))
+    for seed in (1, 2):  # the second step meets the states of the first
+        assert same(run(a, inputs, seed), run(b, inputs, seed))
+
+
+@each_pair
+def test_close_to_float(method, layer):
+    float_layer, inputs = problems()[layer]
+    got, want = run(setup(method, layer), inputs), run(float_layer, inputs)
+    for name, value in want.items():
+        assert distance(got[name], value) < method.error, name
+
+
+@pytest.mark.parametrize(("method", "layer"), CLAIMED, ids=str)
+def test_gradients_are_unbiased_where_claimed(method, layer):
+    inputs, draws = problems()[layer][1], 200
+    module = setup(method, layer)
+    run(module, inputs)  # settles what is decided once
+    forward_only = replace(method.recipe(layer), grad_input=None, grad_weight=None)
+    states = copy.deepcopy(module.state_dict())
+    exact = setup(method, layer, recipe=forward_only)
+    exact.load_state_dict({k: v for k, v in states.items() if k in exact.state_dict()})
+    exact.eval()
+    want = run(exact, inputs)
+    module.eval()
+    found: dict[str, list[torch.Tensor]] = {}
+    for seed in range(draws):
+        for name, value in run(module, inputs, seed).items():
+            found.setdefault(name, []).append(value)
+    assert all(torch.equal(y, want["output"]) for y in found.pop("output"))
+    for name, values in found.items():
+        if name not in want or name == "bias":
+            continue
+        sample, truth = torch.stack(values).double().flatten(1), want[name].double().flatten()
+        sample = torch.cat([sample, (sample @ truth)[:, None] / truth.norm()], dim=1)  # also along the true gradient
+        truth = torch.cat([truth, truth.norm()[None]])
+        deviation, error = sample.std(0), (sample.mean(0) - truth).abs()
+        moves = deviation > 1e-6 * truth.abs().max()
+        z = error[moves] / (deviation[moves] / draws**0.5)
+        assert float(z.max()) < stats.t.isf(ALARM / 2 / z.numel(), draws - 1), name
+        assert float(error[~moves].sum()) < 1e-4 * float(truth.abs().max()), name
+
+
+DEGENERATE = {
+    "zero": torch.zeros_like,
+    "constant": lambda x: torch.full_like(x, 0.3),
+    "tiny": lambda x: x * 1e-30,
+    "huge": lambda x: x * 1e30,
+    "one sample": lambda x: x[:1],
+    "no sample": lambda x: x[:0],
+    "one spike": lambda x: x * 1e-6 + F.one_hot(torch.tensor(1), x.numel()).view(x.shape) * 50.0,
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "sliced": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+    "expanded": lambda x: x[:1].expand(x.shape),
+}
+
+
+@each_pair
+@pytest.mark.parametrize("kind", DEGENERATE)
+def test_degenerate_input(method, layer, kind):
+    float_layer, inputs = problems()[layer]
+    if kind == "huge" and layer == "matmul":
+        inputs = (DEGENERATE[kind](inputs[0]), inputs[1])  # both would overflow in float as well
+    else:
+        inputs = tuple(DEGENERATE[kind](x) for x in inputs)
+    for size in (1.0, 0.0, 1e-30 if kind != "tiny" else 1.0):
+        g = torch.randn(float_layer(*inputs).shape, generator=torch.Generator().manual_seed(1)) * size
+        got, want = run(setup(method, layer), inputs, grad=g), run(float_layer, inputs, grad=g)
+        for name, value in want.items():
+            assert got[name].shape == value.shape
+            assert bool(torch.isfinite(got[name]).all()), name
+            if size and kind not in ("zero", "one spike", "no sample"):
+                limit = float(value.abs().max()) * max(8 * method.error, 0.8) + 1e-37
+                assert float((got[name] - value).abs().max()) <= limit, name
+            elif not size and name != "output":
+                assert not got[name].any(), name
+
+
+@each_pair
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes(method, layer, dtype):
+    inputs = tuple(x.to(dtype) for x in problems()[layer][1])
+    module = setup(method, layer).to(dtype)
+    got, want = run(module, inputs), run(problems()[layer][0], tuple(x.float() for x in inputs))
+    for name, value in want.items():
+        assert got[name].dtype == dtype
+        assert distance(got[name], value) < method.error + 0.02, name
+
+
+@each_pair
+def test_seed_and_threads_decide_everything(method, layer):
+    inputs, recipe = problems()[layer][1], method.recipe(layer)
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, threads):
+            torch.set_num_threads(count)
+            module = setup(method, layer)
+            results.append([run(module, inputs, seed) for seed in (1, 1, 2)])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(same(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+    again, after = (run(setup(method, layer), inputs, seed) for seed in (1, 2))
+    assert same(again, results[0][0])
+    assert same(again, after) is not recipe.is_stochastic
+
+
+def untouched(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], operands: tuple[str, ...]) -> None:
+    """Nothing turned bad, and the states of ``operands`` are what they were where their values were not finite."""
+    for name, old in before.items():
+        new = after[name]
+        assert bool(torch.isfinite(new[torch.isfinite(old)]).all()), name
+        if name.split(".")[-1].startswith(operands):
+            kept = old.nan_to_num(-7) == new.nan_to_num(-7)
+            assert bool(kept.all() if old.numel() == 1 else kept.any()), name  # other channels may go on learning
+
+
+@each_pair
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_state_is_untouched_by_what_is_not_finite(method, layer, bad):
+    inputs, module = problems()[layer][1], setup(method, layer)
+    poisoned = tuple(x.clone() for x in inputs)
+    poisoned[0].view(-1)[3] = bad
+    for started in (False, True):
+        if started:
+            run(module, inputs)
+        before = copy.deepcopy(module.state_dict())
+        assert not bool(torch.isfinite(run(module, poisoned)["output"]).all())
+        untouched(before, module.state_dict(), ("output_input", "grad_weight_input"))
+    g = torch.ones_like(run(module, inputs)["output"])
+    g.view(-1)[0] = bad
+    before = copy.deepcopy(module.state_dict())
+    for name, value in run(module, inputs, grad=g).items():
+        if name.startswith("quantizers."):  # a learned step must survive the optimizer step that follows
+            assert bool(torch.isfinite(value).all()), name
+        elif name != "output":
+            assert not bool(torch.isfinite(value).all()), name
+    untouched(before, module.state_dict(), ("grad_input_gradient", "grad_weight_gradient"))
+
+
+STEPS = 25
+
+
+class Net(nn.Module):
+    """A convolution, attention-like product and linear layers: something of everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2, padding=1)
+        self.product = gb.nn.Matmul()
+        self.hidden, self.head = nn.Linear(64, 32), nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.conv2(F.relu(self.conv1(x))))
+        x = x.flatten(2)
+        x = x + self.product((x @ x.mT).softmax(-1), x)
+        return self.head(F.relu(self.hidden(x[..., :8].flatten(1))))
+
+
+@cache
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    y = torch.arange(32) % 4
+    prototypes = torch.randn(4, 1, 8, 8, generator=rng)
+    return prototypes[y] + 0.3 * torch.randn(32, 1, 8, 8, generator=rng), y
+
+
+def network(method: Method) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(1)
+    net = Net()
+    gb.quantize_(net, gb.recipe(method.name, **method.options))
+    opt = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    gb.optim.attach_companion_(opt, net)
+    return net, opt
+
+
+def step(net: nn.Module, opt: torch.optim.Optimizer) -> float:
+    x, y = data()
+    loss = F.cross_entropy(net(x), y)
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+    return float(loss.detach())
+
+
+@each_method
+def test_a_small_network_learns(method):
+    net, opt = network(method)
+    losses = [step(net, opt) for _ in range(STEPS)]
+    assert losses[-1] < method.loss * losses[0]
+    assert any(isinstance(m, Quantized) for m in net.modules())
+
+
+@each_method
+def test_a_resumed_run_is_bit_identical(method):
+    net, opt = network(method)
+    for _ in range(3):
+        step(net, opt)
+    file = io.BytesIO()
+    torch.save({"net": net.state_dict(), "opt": opt.state_dict(), "rng": torch.get_rng_state()}, file)
+    losses = [step(net, opt) for _ in range(2)]
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    fresh, fresh_opt = network(method)
+    fresh.load_state_dict(saved["net"], strict=True)
+    fresh_opt.load_state_dict(saved["opt"])
+    torch.set_rng_state(saved["rng"])
+    assert [step(fresh, fresh_opt) for _ in range(2)] == losses
+    assert same(dict(fresh.state_dict()), dict(net.state_dict()))
+
+
+@each_method
+def test_a_float_checkpoint_loads_strictly(method):
+    float_net = Net()
+    net, _ = network(method)
+    result = net.load_state_dict(float_net.state_dict(), strict=True)
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    for name, value in float_net.named_parameters():
+        assert torch.equal(net.get_parameter(name), value)
