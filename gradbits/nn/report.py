@@ -138,4 +138,6 @@ def why_not_supported(module: nn.Module) -> str | None:
             return f"{kind.__name__} is a subclass of {base.__name__} that may compute something else"
     if isinstance(module, nn.MultiheadAttention):
         return "MultiheadAttention multiplies its own weights; build attention from Linear and gradbits.nn.Matmul"
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.Bilinear)):
+        return f"{kind.__name__} multiplies its own weights, which is not supported"
     return f"{kind.__name__} has no product to quantize"
