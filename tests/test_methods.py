@@ -64,8 +64,21 @@ METHODS = [
     Method("statquant_ptq", error=0.1),
     Method("statquant_psq", {"rows": "sample", "zero": "widen"}, error=0.1),
     Method("statquant_bhq", error=0.3),
+    Method("statquant_bhq", {"rows": "sample", "gradient_bits": 3, "grad_weight_grain": "channel"}, error=0.6),
     Method("adaptive_int8", leaves=("matmul",), error=0.1),
+    Method(
+        "adaptive_int8",
+        {"rule": "exact", "update_interval": 2, "grad_input_range": "clip"},
+        leaves=("matmul",),
+        error=0.2,
+    ),
     Method("int4_transformer", leaves=("matmul",), error=0.9, loss=0.8),
+    Method(
+        "int4_transformer",
+        {"sampling": False, "learned_steps": False, "hadamard": 4, "attention": "int8_dynamic"},
+        error=0.6,
+        loss=0.8,
+    ),
 ]
 
 
