@@ -15,6 +15,7 @@ from gradbits.kernels.dispatch import Epilogue, Kernel, Request, choose
 from gradbits.kernels.geometry import ConvGeometry, patch_bytes, terms_of
 from gradbits.recipes.recipe import LEGAL_AXIS, Recipe
 
+LARGEST = torch.finfo(torch.float32).max
 OPERANDS = {
     "output": ("input", "weight"),
     "grad_input": ("gradient", "weight"),
@@ -136,7 +137,7 @@ class Bilinear:
         scale_b = self.to_output(product, roles[1], b.scale)
         terms = self._zero_terms(kernel, product, a, b, scale_a, scale_b)
         shaped = None if bias is None else self.bias_for_output(bias, a.codes.dim())
-        epilogue = Epilogue(scale_a * scale_b, terms, shaped, dtype or torch.float32)
+        epilogue = Epilogue(_times(scale_a, scale_b), terms, shaped, dtype or torch.float32)
         return self.call(kernel, product, a.codes, b.codes, epilogue)
 
     def _rotations(self, product: str, a: QTensor, b: QTensor, keep: tuple[str, ...]) -> list[Rotation]:
@@ -181,13 +182,18 @@ class Bilinear:
         terms = []
         if offset_b is not None:
             offset_b = self.to_output(product, roles[1], offset_b)
-            terms.append(scale_a * offset_b * self.call(kernel, product, a.codes, ones_b, plain))
+            terms.append(_times(scale_a, offset_b) * self.call(kernel, product, a.codes, ones_b, plain))
         if offset_a is not None:
             offset_a = self.to_output(product, roles[0], offset_a)
-            terms.append(offset_a * scale_b * self.call(kernel, product, ones_a, b.codes, plain))
+            terms.append(_times(offset_a, scale_b) * self.call(kernel, product, ones_a, b.codes, plain))
         if offset_a is not None and offset_b is not None:
-            terms.append(offset_a * offset_b * self.call(kernel, product, ones_a, ones_b, plain))
+            terms.append(_times(offset_a, offset_b) * self.call(kernel, product, ones_a, ones_b, plain))
         return tuple(terms)
+
+
+def _times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return ``a * b`` without Inf: a sum of zero must stay zero where the scales are huge. NaN stays."""
+    return (a * b).clamp(-LARGEST, LARGEST)
 
 
 def _ones(codes: torch.Tensor, axis: int) -> torch.Tensor:

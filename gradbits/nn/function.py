@@ -94,7 +94,7 @@ class QuantizedProduct(torch.autograd.Function):
                 RuntimeWarning,
                 stacklevel=2,
             )
-            g = torch.zeros_like(g)
+            return _zeros(ctx, g)
         found: dict[str, torch.Tensor] = {}
         learned: dict[tuple[str, str], torch.Tensor] = {}
         codes: QTensor | None = None
@@ -109,6 +109,14 @@ class QuantizedProduct(torch.autograd.Function):
         needed = ctx.needs_input_grad
         inputs = (found.get(role) if need else None for role, need in zip(BACKWARD, needed, strict=False))
         return *inputs, bias, None, *(learned.get(key) for key in call.learned)
+
+
+def _zeros(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Return zero gradients, whatever the operands hold; what is learned gets none and stays as it is."""
+    likes = zip(ctx.like.values(), ctx.needs_input_grad, strict=False)
+    operands = (torch.zeros(shape, dtype=dtype, device=g.device) if need else None for (shape, dtype), need in likes)
+    bias = ctx.call.products.bias_gradient(torch.zeros_like(g)).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+    return *operands, bias, None, *(None for _ in ctx.call.learned)
 
 
 def _packed(value: Value) -> Value:

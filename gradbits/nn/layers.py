@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gradbits.core.errors import ArgumentError
 from gradbits.core.grain import PerChannel
 from gradbits.core.noise import draw_seed
 from gradbits.kernels.geometry import ConvGeometry
@@ -139,6 +140,26 @@ def init_states(layer: Quantized, recipe: Recipe) -> tuple[QuantizerStates | Non
     return (states if known else None), slots
 
 
+def _check_size(layer: Quantized, x: torch.Tensor, axes: tuple[int, ...], size: int, what: str) -> None:
+    """Refuse an input of a shape that the layer does not take: kernels trust the sizes they are given.
+
+    Args:
+        layer: names it.
+        x: its input.
+        axes: how many axes it may have; with one entry, that many or more. The first entry counts the axes from the
+            checked one to the last.
+        size: what the checked axis must have.
+        what: what that axis holds.
+    """
+    enough = x.dim() >= axes[0] if len(axes) == 1 else x.dim() in axes
+    if not enough or x.shape[-axes[0]] != size:
+        legal = f"at least {axes[0]}" if len(axes) == 1 else " or ".join(map(str, axes))
+        raise ArgumentError(
+            f"input: shape {tuple(x.shape)} does not fit layer {layer.assignment.name!r}; must have {legal} axes and "
+            f"{size} {what}"
+        )
+
+
 class QuantizedLinear(Quantized, nn.Linear):
     """``torch.nn.Linear`` with quantized products."""
 
@@ -154,7 +175,8 @@ class QuantizedLinear(Quantized, nn.Linear):
     @torch.compiler.disable(recursive=True)
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return ``input`` [..., in_features] times the transposed weight plus the bias."""
-        rows = input.reshape(-1, input.shape[-1])
+        _check_size(self, input, (1,), self.weight.shape[1], "features")
+        rows = input.reshape(input.shape[:-1].numel(), input.shape[-1])
         y: torch.Tensor = self.run(rows, self.weight, self.bias, tuple(input.shape[1:-1]))
         return y.view(*input.shape[:-1], self.out_features)
 
@@ -170,9 +192,18 @@ class QuantizedMatmul(Quantized, Matmul):
     @torch.compiler.disable(recursive=True)
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Return ``a`` [..., M, K] times ``b`` [..., K, N]."""
+        for operand, name in ((a, "a"), (b, "b")):
+            if operand.dim() == 0:
+                raise ArgumentError(f"{name}: has no axes; a matrix product needs at least one")
+        if a.dim() == 1:
+            return self.forward(a.unsqueeze(0), b).squeeze(-1 if b.dim() == 1 else -2)
+        if b.dim() == 1:
+            return self.forward(a, b.unsqueeze(1)).squeeze(-1)
+        if a.shape[-1] != b.shape[-2]:
+            shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
+            raise ArgumentError(f"a, b: shapes {shapes} of layer {self.assignment.name!r} do not fit together")
         lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-        a = a.expand(*lead, *a.shape[-2:]).reshape(-1, *a.shape[-2:])
-        b = b.expand(*lead, *b.shape[-2:]).reshape(-1, *b.shape[-2:])
+        a, b = (x.expand(*lead, *x.shape[-2:]).reshape(lead.numel(), *x.shape[-2:]) for x in (a, b))
         y: torch.Tensor = self.run(a, b, None, ())
         return y.view(*lead, *y.shape[-2:])
 
@@ -204,6 +235,7 @@ class _QuantizedConv(Quantized):
         """Return the convolution of ``input`` [N, C, *] or [C, *]."""
         layer: Any = self
         spatial = len(layer.kernel_size)
+        _check_size(self, input, (spatial + 1, spatial + 2), layer.in_channels, "channels")
         x = input if input.dim() == spatial + 2 else input.unsqueeze(0)
         if layer.padding_mode != "zeros":
             x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
@@ -211,7 +243,14 @@ class _QuantizedConv(Quantized):
             low, high = _same_padding(layer)
             if low != high:  # an even kernel pads one more at the end, as PyTorch does
                 x = F.pad(x, [n for pair in zip(reversed(low), reversed(high), strict=True) for n in pair])
-        y = self.run(x, layer.weight, layer.bias, tuple(x.shape[2:]))
+        size = tuple(x.shape[2:])
+        products: Any = self.products(size)
+        if min(products.geometry.output_size) < 1:
+            raise ArgumentError(
+                f"input: padded spatial size {size} of layer {self.assignment.name!r} is smaller than its kernel "
+                f"{tuple(layer.kernel_size)} with dilation {tuple(layer.dilation)}"
+            )
+        y = self.run(x, layer.weight, layer.bias, size)
         return _in_format_of(y if input.dim() == spatial + 2 else y.squeeze(0), input, layer.weight)
 
 
@@ -279,6 +318,7 @@ class _QuantizedConvTranspose(Quantized):
         """Return the transposed convolution of ``input`` [N, C, *] or [C, *]."""
         layer: Any = self
         spatial = len(layer.kernel_size)
+        _check_size(self, input, (spatial + 1, spatial + 2), layer.in_channels, "channels")
         x = input if input.dim() == spatial + 2 else input.unsqueeze(0)
         extra = layer._output_padding(
             input, output_size, layer.stride, layer.padding, layer.kernel_size, spatial, layer.dilation
@@ -289,6 +329,8 @@ class _QuantizedConvTranspose(Quantized):
                 x.shape[2:], layer.stride, layer.padding, layer.dilation, layer.kernel_size, extra, strict=True
             )
         )
+        if min(size) < 1:
+            raise ArgumentError(f"input: layer {self.assignment.name!r} would give the spatial size {size}")
         y = self.run(x, layer.weight, layer.bias, size)
         return _in_format_of(y if input.dim() == spatial + 2 else y.squeeze(0), input, layer.weight)
 

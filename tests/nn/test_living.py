@@ -240,13 +240,15 @@ def test_optimizers_built_before_keep_working():
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_compile():
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # raised inside of torch
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile(backend):
     """Graph breaks are allowed, failures are not; the numbers are those of eager execution."""
     net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
     gb.quantize_(net, gb.recipe("unified_int8", keep_float=(), activation_range="ema"))
     twin = copy.deepcopy(net)
     torch._dynamo.reset()
-    compiled, x = torch.compile(net, backend="aot_eager"), torch.randn(5, 8)
+    compiled, x = torch.compile(net, backend=backend), torch.randn(5, 8)
     for step in range(3):
         results = []
         for module, owner in ((compiled, net), (twin, twin)):
