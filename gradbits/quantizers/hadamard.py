@@ -128,13 +128,11 @@ class Hadamard(RotationRule):
         if all(bool(state["hadamard"] > 0) for state in states):
             return
         sizes = sizes_of(length, self.size or self.largest)
-        if self.size:
-            best = sizes[-1]
-        else:
-            costs = [math.prod(float(error(HadamardBlocks(size))) for error in errors) for size in sizes]
-            if not all(math.isfinite(cost) for cost in costs):
-                return  # a batch with NaN decides nothing
-            best = sizes[min(range(len(sizes)), key=costs.__getitem__)]
+        sizes = sizes[-1:] if self.size else sizes
+        costs = [math.prod(float(error(HadamardBlocks(size))) for error in errors) for size in sizes]
+        if not all(math.isfinite(cost) for cost in costs):
+            return  # a batch with NaN decides nothing
+        best = sizes[min(range(len(sizes)), key=costs.__getitem__)]
         for state in states:
             state["hadamard"].fill_(best)
 
