@@ -1,6 +1,6 @@
 """gradbits: low-bit training for PyTorch."""
 
-from gradbits import nn, optim, quantizers
+from gradbits import nn, observe, optim, quantizers
 from gradbits.core.qtensor import QTensor
 from gradbits.nn import Report, dequantize_, pack_activations, quantize_, report
 from gradbits.recipes import Recipe, recipe, recipes
@@ -12,6 +12,7 @@ __all__ = [
     "Report",
     "dequantize_",
     "nn",
+    "observe",
     "optim",
     "pack_activations",
     "quantize_",

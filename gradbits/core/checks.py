@@ -90,6 +90,17 @@ def check_float_tensor(value: Any, name: str) -> torch.Tensor:
     return value
 
 
+def check_module(value: Any, name: str = "model") -> torch.nn.Module:
+    """Return ``value`` if it is a module.
+
+    Raises:
+        DtypeError: it is something else.
+    """
+    if not isinstance(value, torch.nn.Module):
+        raise DtypeError(f"{name}: must be a torch.nn.Module, not {type(value).__name__}")
+    return value
+
+
 def check_axis(axis: Any, name: str, dim: int) -> int:
     """Return ``axis`` counted from the front; a negative one counts from the back as in PyTorch.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
-from gradbits.core.checks import check_choice
+from gradbits.core.checks import check_choice, check_module
 from gradbits.core.errors import ArgumentError, DtypeError, FallbackError, NothingToQuantizeError
 from gradbits.kernels.dispatch import COMPUTE
 from gradbits.nn.function import ON_NONFINITE
@@ -17,6 +18,7 @@ from gradbits.nn.matmul import Matmul
 from gradbits.nn.report import Report, named_layers, report, why_not_supported
 from gradbits.recipes import Recipe, recipe
 
+MULTIPLY_THEMSELVES = (*QUANTIZED_CLASSES, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 Rules = str | Recipe | Mapping[str, "str | Recipe | None"]
 
 
@@ -55,22 +57,30 @@ def quantize_(
     >>> len(quantize_(net, {"2": None, "*": "int8_dynamic"}).quantized)
     1
     """
-    if not isinstance(model, nn.Module):
-        raise DtypeError(f"model: must be a torch.nn.Module, not {type(model).__name__}")
+    check_module(model)
+    if not isinstance(strict, bool):
+        raise DtypeError(f"strict={strict!r}: must be True or False")
     check_choice(compute, "compute", COMPUTE)
     check_choice(on_nonfinite, "on_nonfinite", ON_NONFINITE)
     patterns = _patterns(rules)
     layers = list(named_layers(model))
     roles = _roles(layers)
     plan: list[tuple[str, nn.Module, Recipe | None, str, bool]] = []
-    for name, module in layers:
-        wanted, pattern = _match(name, patterns)
+    matches = [_match(name, patterns) for name, _ in layers]
+    for (name, module), (wanted, pattern) in zip(layers, matches, strict=True):
         chosen, reason, fell_back = _decide(module, wanted, roles.get(name, ()), pattern)
         plan.append((name, module, chosen, reason, fell_back))
     if not any(chosen for _, _, chosen, _, _ in plan):
         why = "; ".join(f"{name or '(root)'}: {reason}" for name, _, _, reason, _ in plan[:8])
         asked = {p: r.name if r is not None else None for p, r in patterns}
         raise NothingToQuantizeError(f"rules={asked!r} would quantize no layer. {why or 'The model has no layers.'}")
+    decided = {pattern for _, pattern in matches}
+    idle = [pattern for pattern, _ in patterns if pattern not in decided]
+    if idle:
+        text = f"rules: pattern {idle[0]!r} decides for no layer: no name matches, or earlier patterns take them all"
+        if strict:
+            raise FallbackError(f"strict=True: {text}")
+        warnings.warn(text, UserWarning, stacklevel=2)
     fallen = [(name, reason) for name, _, _, reason, fell_back in plan if fell_back]
     if strict and fallen:
         raise FallbackError("strict=True: " + "; ".join(f"{name}: {reason}" for name, reason in fallen))
@@ -80,6 +90,7 @@ def quantize_(
             module._gradbits_reason = reason  # type: ignore[assignment]
         else:
             _assign(module, name, chosen, compute, on_nonfinite)
+    _set_fast_paths(model)
     return report(model)
 
 
@@ -90,8 +101,28 @@ def dequantize_(model: nn.Module) -> None:
     >>> _ = quantize_(net, "int8_dynamic"); dequantize_(net); type(net).__name__
     'Linear'
     """
+    check_module(model)
     for module in model.modules():
         _to_float(module)
+    _set_fast_paths(model)
+
+
+def _set_fast_paths(model: nn.Module) -> None:
+    """Keep PyTorch's fused inference path for encoders from reading the weights of quantized layers past them."""
+    for module in model.modules():
+        kept = module.__dict__.get("_gradbits_fast_path")
+        quantized = any(isinstance(m, Quantized) for m in module.modules())
+        name = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}.get(
+            type(module)
+        )
+        if name is None or not hasattr(module, name) or quantized == (kept is not None):
+            continue
+        if quantized:  # both flags are read by the fused path only
+            module.__dict__["_gradbits_fast_path"] = (getattr(module, name),)
+            module.__dict__[name] = 0
+        elif kept is not None:
+            module.__dict__[name] = kept[0]
+            del module.__dict__["_gradbits_fast_path"]
 
 
 def _patterns(rules: Rules) -> list[tuple[str, Recipe | None]]:
@@ -138,7 +169,7 @@ def _decide(
         return None, f"rule {pattern!r} leaves it in float", False
     unsupported = why_not_supported(module)
     if unsupported is not None:
-        return None, unsupported, isinstance(module, (*QUANTIZED_CLASSES, nn.MultiheadAttention))
+        return None, unsupported, isinstance(module, MULTIPLY_THEMSELVES)
     for role in roles:
         if role in wanted.keep_float:
             return None, f"recipe {wanted.name!r} keeps the {role.replace('_', ' ')} in float (keep_float)", False

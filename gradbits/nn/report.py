@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from gradbits.core.checks import check_module
 from gradbits.kernels.dispatch import Request, choose
 from gradbits.nn.layers import QUANTIZED_CLASSES, Quantized, QuantizerStates
 from gradbits.nn.matmul import Matmul
@@ -95,7 +96,8 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         direct = bool(next(module.parameters(recurse=False), None) is not None)
         is_norm = "Norm" in type(module).__name__
-        inner = isinstance(module, QuantizerStates)  # a part of the quantized layer above it
+        # parts of the layer above them
+        inner = isinstance(module, (QuantizerStates, nn.utils.parametrize.ParametrizationList))
         if isinstance(module, (Quantized, *own)) or (direct and not is_norm and not inner):
             yield name, module
 
@@ -112,6 +114,7 @@ def report(model: nn.Module) -> Report:
     >>> [(r.name, r.recipe, r.reason) for r in gb.report(net).rows]
     [('0', 'int8_dynamic', ''), ('2', 'float', 'Embedding has no product to quantize')]
     """
+    check_module(model)
     rows = []
     for name, module in named_layers(model):
         if isinstance(module, Quantized):

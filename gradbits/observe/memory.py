@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 
-def saved_bytes(run: Callable[[], object], model: nn.Module) -> int:
+def saved_bytes(model: nn.Module, run: Callable[[], object]) -> int:
     """Return the bytes that ``run``, a forward pass, keeps alive for the backward pass.
 
     Every storage counts once and whole, however many operations save it or a view of it. Parameters and buffers are
@@ -16,15 +16,15 @@ def saved_bytes(run: Callable[[], object], model: nn.Module) -> int:
     nor is what an inner ``saved_tensors_hooks`` context packs.
 
     Args:
-        run: computes a loss from the model's output; its result is dropped, no backward pass is made.
         model: its parameters and buffers are not counted.
+        run: computes a loss from the model's output; its result is dropped, no backward pass is made.
 
     Returns:
         Bytes.
 
     >>> layer = nn.Linear(8, 4)
     >>> x = torch.ones(16, 8)
-    >>> saved_bytes(lambda: layer(x).square().sum(), layer)  # x (16*8 floats) and the output (16*4 floats)
+    >>> saved_bytes(layer, lambda: layer(x).square().sum())  # x (16*8 floats) and the output (16*4 floats)
     768
     """
     own = {_key(tensor.untyped_storage()) for tensor in (*model.parameters(), *model.buffers())}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from gradbits.core.checks import check_choice, check_instance
-from gradbits.core.errors import ArgumentError, ScaleAxisError
+from gradbits.core.errors import ArgumentError, DtypeError, ScaleAxisError
 from gradbits.core.grain import PerBlock, PerChannel, PerTensor
 from gradbits.core.spec import Spec
 from gradbits.quantizers.grids import Grid
@@ -163,6 +163,8 @@ so its scale cannot leave the integer product; legal are PerTensor() and PerChan
         >>> recipe("int8_dynamic").with_overrides({"gradient.bits": "5"}).grad_input.gradient.bits
         5
         """
+        if not isinstance(overrides, Mapping) or not all(isinstance(path, str) for path in overrides):
+            raise DtypeError(f"overrides={overrides!r}: must map paths such as 'gradient.bits' to values")
         result: Recipe = self
         for path, value in overrides.items():
             result = _override(result, path, _parse(value))

@@ -90,7 +90,7 @@ def _saved(network: Network, batch: Batch) -> int:
         if packed is not None:
             network.forward(batch)
             return packed.tally.after
-    return saved_bytes(lambda: network.forward(batch)[0], network.model)
+    return saved_bytes(network.model, lambda: network.forward(batch)[0])
 
 
 def _gradient_bits(network: Network, batch: Batch) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,6 @@ def recipes_of(net: nn.Module) -> dict[str, str]:
         ({"a.*": "int8_dynamic"}, {"a.attn", "a.head"}),
         ({"?.attn": "int8_dynamic"}, {"a.attn", "b.attn"}),
         ({"[ab].head": "int8_dynamic", "*": None}, {"a.head", "b.head"}),
-        ({"*": "int8_dynamic", "*.head": None}, {"a.attn", "a.head", "b.attn", "b.head", "head"}),  # first match wins
     ],
 )
 def test_name_rules(rules, quantized):
@@ -231,3 +231,39 @@ def test_off_means_off():
     assert {type(m).__module__.split(".")[0] for m in net.modules() if not isinstance(m, Block)} == {"torch"}
     assert torch.equal(net["head"](torch.ones(1, 4)), want)
     assert not gb.report(net).quantized
+
+
+def test_fused_inference_of_encoders_does_not_bypass_quantized_layers() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        plain = encoder(x)
+    gb.quantize_(encoder, gb.recipe("int8_dynamic").with_overrides({"output.weight.bits": 3}))
+    calls = []
+    linear = encoder.layers[0].linear1
+    linear.forward = lambda h, forward=linear.forward: (calls.append(1), forward(h))[1]
+    with torch.no_grad():
+        quantized = encoder(x)
+    assert calls
+    assert not torch.allclose(quantized, plain, atol=1e-3)
+    del linear.forward
+    gb.dequantize_(encoder)
+    with torch.no_grad():
+        assert torch.equal(encoder(x), plain)
+
+
+def test_a_pattern_that_decides_nothing_is_named() -> None:
+    for rules in ({"nope": None, "*": "int8_dynamic"}, {"*": "int8_dynamic", "0": None}):
+        net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        with pytest.warns(UserWarning, match="decides for no layer"):
+            assert len(gb.quantize_(net, rules).quantized) == 2  # the first match wins
+        with pytest.raises(FallbackError, match="decides for no layer"):
+            gb.quantize_(net, rules, strict=True)
+
+
+@pytest.mark.parametrize("call", [gb.report, gb.dequantize_, lambda m: gb.quantize_(m, "int8_dynamic")])
+def test_something_else_than_a_module_is_refused(call: Any) -> None:
+    with pytest.raises(DtypeError, match="model: must be a"):
+        call(None)
