@@ -10,6 +10,7 @@ from torch import nn
 
 from gradbits.core.checks import check_number
 from gradbits.core.errors import ArgumentError
+from gradbits.core.ranks import mean_over_ranks
 from gradbits.nn.layers import Quantized
 
 
@@ -31,9 +32,14 @@ class DeviationCounteractiveLR:
     the optimizer sees its parameter groups split by layer; before and after, it sees the groups that it was given, so
     its ``state_dict`` and learning-rate schedulers know nothing of this.
 
+    In a distributed run every rank sees other gradients, so deviations are averaged over the ranks before each step:
+    replicas that stepped with their own factors would drift apart.
+
     Args:
         optimizer: any PyTorch optimizer.
         model: a model whose layers follow a recipe with ``learning_rate``.
+        average: whether deviations are averaged over the default process group, where there is one; every rank must
+            then take its optimizer steps together. False where ranks hold different layers.
 
     Raises:
         ArgumentError: no layer of the model has such a recipe.
@@ -42,8 +48,9 @@ class DeviationCounteractiveLR:
         Zhu et al., Towards Unified INT8 Training for Convolutional Neural Network, CVPR 2020, arXiv:1912.12607.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, *, average: bool = True) -> None:
         self.optimizer = optimizer
+        self.average = average
         self._layers: list[Any] = [
             m for m in model.modules() if isinstance(m, Quantized) and m.assignment.recipe.learning_rate is not None
         ]
@@ -60,24 +67,35 @@ class DeviationCounteractiveLR:
         ]
 
     def factors(self) -> dict[str, float]:
-        """Return the current factor of each layer by name."""
-        return {layer.assignment.name: self._factor(layer) for layer in self._layers}
+        """Return the current factor of each layer by name, from what this rank has seen."""
+        names = (layer.assignment.name for layer in self._layers)
+        return dict(zip(names, self._factors(self._deviations()), strict=True))
 
     def detach(self) -> None:
         """Leave the optimizer as it was before."""
         for handle in self._handles:
             handle.remove()
 
-    def _factor(self, layer: Any) -> float:
-        rate = layer.assignment.recipe.learning_rate
-        state = layer.state_of("grad_input", "gradient") or layer.state_of("grad_weight", "gradient")
-        if "deviation" not in state:
-            return 1.0
-        return learning_rate_factor(float(state["deviation"]), rate.alpha, rate.beta)
+    def _deviations(self) -> torch.Tensor:
+        """Return the deviation of each layer; 0 where its gradient's range has none."""
+        found = []
+        for layer in self._layers:
+            state = layer.state_of("grad_input", "gradient") or layer.state_of("grad_weight", "gradient")
+            found.append(state["deviation"].reshape(()) if "deviation" in state else torch.zeros(()))
+        device = next((d.device for d in found if d.device.type != "cpu"), torch.device("cpu"))
+        return torch.stack([d.to(device, torch.float32) for d in found])
+
+    def _factors(self, deviations: torch.Tensor) -> list[float]:
+        rates = (layer.assignment.recipe.learning_rate for layer in self._layers)
+        return [learning_rate_factor(d, r.alpha, r.beta) for d, r in zip(deviations.tolist(), rates, strict=True)]
 
     def _split(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._restore(optimizer, args, kwargs)  # an earlier step that raised left them split
-        factor_of = {p: self._factor(layer) for layer in self._layers for p in layer.parameters(recurse=False)}
+        deviations = self._deviations()
+        factors = self._factors(mean_over_ranks(deviations) if self.average else deviations)
+        factor_of = {
+            p: f for layer, f in zip(self._layers, factors, strict=True) for p in layer.parameters(recurse=False)
+        }
         self._groups = optimizer.param_groups
         split: list[dict[str, Any]] = []
         for group in optimizer.param_groups:

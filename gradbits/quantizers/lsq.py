@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from gradbits.core.grain import Grain
+from gradbits.core.ranks import mean_over_ranks
 from gradbits.quantizers.estimators import STE
 from gradbits.quantizers.grids import Grid
 from gradbits.quantizers.ranges import RangeRule, State, min_max
@@ -109,11 +110,17 @@ class LearnedStep(RangeRule):
         low, high = min_max(x, grain)
         finite = torch.isfinite(low) & torch.isfinite(high)
         step = state["step"].detach().abs().reshape(shape)
-        if not bool(state["started"]) and x.numel():
-            step = initial_step(x, highest, grain)
-            if update and bool((finite & (step > 0)).all()):
-                state["step"].detach().copy_(step.reshape(-1))
-                state["started"].fill_(1)
+        if not bool(state["started"]):
+            if x.numel():
+                step = initial_step(x, highest, grain)
+            ready = bool((finite & (step > 0)).all()) and x.numel() > 0
+            if update:  # replicas must start from one step: it starts once every rank has a usable batch
+                mine = torch.cat([torch.where(finite, step, 0.0).reshape(-1), step.new_full((1,), float(ready))])
+                shared = mean_over_ranks(mine)
+                if float(shared[-1]) == 1.0:
+                    step = shared[:-1].reshape(shape)
+                    state["step"].detach().copy_(shared[:-1])
+                    state["started"].fill_(1)
         step = torch.where(finite, step, float("nan"))
         return lowest * step, highest * step
 
