@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import wraps
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
-from gradbits.core.checks import check_number
-from gradbits.core.errors import ArgumentError
+from gradbits.core.checks import check_module, check_number
+from gradbits.core.errors import ArgumentError, DtypeError
 from gradbits.core.ranks import mean_over_ranks
 from gradbits.nn.layers import Quantized
 
@@ -65,6 +67,7 @@ class DeviationCounteractiveLR:
             optimizer.register_step_pre_hook(self._split),
             optimizer.register_step_post_hook(self._restore),
         ]
+        self._guard(optimizer)
 
     def factors(self) -> dict[str, float]:
         """Return the current factor of each layer by name, from what this rank has seen."""
@@ -90,7 +93,7 @@ class DeviationCounteractiveLR:
         return [learning_rate_factor(d, r.alpha, r.beta) for d, r in zip(deviations.tolist(), rates, strict=True)]
 
     def _split(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._restore(optimizer, args, kwargs)  # an earlier step that raised left them split
+        self._restore(optimizer, args, kwargs)
         deviations = self._deviations()
         factors = self._factors(mean_over_ranks(deviations) if self.average else deviations)
         factor_of = {
@@ -105,6 +108,21 @@ class DeviationCounteractiveLR:
             split += [{**group, "params": ps, "lr": group["lr"] * f} for f, ps in by_factor.items()]
         optimizer.param_groups = split
 
+    def _guard(self, optimizer: torch.optim.Optimizer) -> None:
+        """Restore the groups where a step raises: PyTorch calls no hook then."""
+        original = optimizer.step
+
+        @wraps(original)
+        def step(opt: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return original(*args, **kwargs)
+            except BaseException:
+                self._restore(opt, args, kwargs)
+                raise
+
+        # a bound method, as schedulers expect; it does nothing more once the hooks are gone
+        optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
+
     def _restore(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._groups is not None:
             optimizer.param_groups = self._groups
@@ -114,7 +132,35 @@ class DeviationCounteractiveLR:
 def attach_companion_(optimizer: torch.optim.Optimizer, model: nn.Module) -> DeviationCounteractiveLR | None:
     """Attach what the model's recipes ask of ``optimizer``; return it, or None where they ask nothing.
 
-    Call it after ``quantize_``.
+    Call it after ``quantize_``, with an optimizer that was built after it.
+
+    Raises:
+        DtypeError: no optimizer, or no module.
+        ArgumentError: the optimizer lacks parameters that the quantizers learn, or all of the model's, or has a
+            companion for the model already.
     """
-    wants = any(isinstance(m, Quantized) and m.assignment.recipe.learning_rate is not None for m in model.modules())
-    return DeviationCounteractiveLR(optimizer, model) if wants else None
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise DtypeError(f"optimizer: must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
+    check_module(model)
+    layers = [m for m in model.modules() if isinstance(m, Quantized)]
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    learned = [
+        (f"{m.assignment.name}.quantizers.{name}", p)
+        for m in layers
+        if isinstance(states := getattr(m, "quantizers", None), nn.Module)
+        for name, p in states.named_parameters()
+    ]
+    if missing := [name for name, p in learned if p.requires_grad and p not in held]:
+        raise ArgumentError(
+            f"optimizer: lacks {len(missing)} parameters that quantizers learn, the first is {missing[0]!r}; build the "
+            "optimizer after quantize_"
+        )
+    if not any(m.assignment.recipe.learning_rate is not None for m in layers):
+        return None
+    if not any(p in held for p in model.parameters()):
+        raise ArgumentError("optimizer: holds none of the model's parameters")
+    for hook in optimizer._optimizer_step_pre_hooks.values():
+        other = getattr(hook, "__self__", None)
+        if isinstance(other, DeviationCounteractiveLR) and any(layer in other._layers for layer in layers):
+            raise ArgumentError("optimizer: has a companion for this model already; detach() that one first")
+    return DeviationCounteractiveLR(optimizer, model)
