@@ -66,7 +66,7 @@ def work(rank, path):
             dist.all_gather(both, p.detach())
             assert torch.equal(*both), f"{name}: replicas differ"
     dist.barrier()
-    print("equal", flush=True)
+    open(f"{path}.{rank}", "w").close()
     os._exit(0)  # the ordinary end of a gloo group can wait for its own thread forever
 
 
@@ -88,4 +88,4 @@ def test_replicas_stay_equal(tmp_path):
         env=environment,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["equal", "equal"]
+    assert {p.suffix for p in tmp_path.glob("rendezvous.*")} == {".0", ".1"}  # both reached the end
