@@ -9,23 +9,26 @@ from typing import ClassVar
 
 import torch
 
-from gradbits.core.checks import check_integer
+from gradbits.core.checks import check_axis, check_integer
 from gradbits.core.errors import ArgumentError
 from gradbits.core.qtensor import Rotation
 from gradbits.quantizers.ranges import State
 from gradbits.quantizers.rotation import RotationRule
 
+RADIX_BITS = 6  # one stage mixes up to 64 values: a small matrix product is faster than six passes over memory
 
-def hadamard(x: torch.Tensor, size: int) -> torch.Tensor:
-    r"""Return the last axis of ``x`` in blocks of ``size`` times the normalised Hadamard matrix.
+
+def hadamard(x: torch.Tensor, size: int, axis: int = -1) -> torch.Tensor:
+    r"""Return ``x`` with each block of ``size`` entries along ``axis`` multiplied by the normalised Hadamard matrix.
 
     .. math:: H_1 = [1], \qquad H_{2n} = \tfrac{1}{\sqrt 2}\begin{pmatrix} H_n & H_n \\ H_n & -H_n \end{pmatrix}
 
-    symmetric and orthogonal, so the function is its own inverse. Butterflies: log2(size) additions per element.
+    symmetric and orthogonal, so the function is its own inverse. Computed by butterflies of radix up to 64.
 
     Args:
         x: floating-point values.
-        size: a power of two that divides the last axis.
+        size: a power of two that divides the axis.
+        axis: the axis to mix.
 
     Raises:
         ArgumentError: it is not, or does not.
@@ -33,17 +36,32 @@ def hadamard(x: torch.Tensor, size: int) -> torch.Tensor:
     >>> hadamard(torch.tensor([2.0, 0.0, 0.0, 0.0]), 4).tolist()
     [1.0, 1.0, 1.0, 1.0]
     """
-    if size < 1 or size & (size - 1) or x.shape[-1] % size:
-        raise ArgumentError(f"size={size}: must be a power of two that divides the last axis of {x.shape[-1]}")
-    if size == 1:
+    axis = check_axis(axis, "axis", x.dim())
+    if size < 1 or size & (size - 1) or x.shape[axis] % size:
+        raise ArgumentError(f"size={size}: must be a power of two that divides axis {axis} of {x.shape[axis]}")
+    if size == 1 or x.numel() == 0:
         return x
-    y, half = x.reshape(-1, size), 1
-    while half < size:
-        pairs = y.view(y.shape[0], size // (2 * half), 2, half)
-        first, second = pairs[:, :, 0], pairs[:, :, 1]
-        y = torch.stack((first + second, first - second), dim=2)
-        half *= 2
-    return (y * (1.0 / math.sqrt(size))).reshape(x.shape)
+    last = x.movedim(axis, -1)
+    if axis != x.dim() - 1 and last.is_contiguous():
+        return hadamard(last, size).movedim(-1, axis)
+    y, done, inner = x, 1, x.shape[axis + 1 :].numel()
+    bits = size.bit_length() - 1
+    stages = -(-bits // RADIX_BITS)
+    for number in range(stages):  # of nearly equal radix
+        stage = 1 << ((bits + number) // stages)
+        signs, width = _signs(stage, x), done * inner
+        y = y.reshape(-1, stage) @ signs if width == 1 else torch.matmul(signs, y.reshape(-1, stage, width))
+        done *= stage
+    return y.mul_(1.0 / math.sqrt(size)).reshape(x.shape)
+
+
+def _signs(size: int, like: torch.Tensor) -> torch.Tensor:
+    """Return the Hadamard matrix of ones and minus ones: the parity of the common bits of row and column."""
+    index = torch.arange(size, device=like.device)
+    common = index.unsqueeze(1) & index
+    for shift in (4, 2, 1):
+        common = common ^ (common >> shift)
+    return (1 - 2 * (common & 1)).to(like.dtype)
 
 
 @dataclass(frozen=True)
@@ -74,7 +92,7 @@ class HadamardBlocks:
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the rotated ``x`` in float32."""
         x = x.float()
-        return x if self.size == 1 else hadamard(x.movedim(self.axis, -1), self.size).movedim(-1, self.axis)
+        return hadamard(x, self.size, self.axis)
 
     def inverse(self, x: torch.Tensor) -> torch.Tensor:
         """Return the same: the matrix is its own inverse."""

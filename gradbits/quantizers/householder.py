@@ -7,10 +7,12 @@ from typing import ClassVar
 
 import torch
 
+from gradbits.core.grain import PerRow
 from gradbits.core.qtensor import Rotation
-from gradbits.quantizers.ranges import State
+from gradbits.quantizers.ranges import State, min_max
 from gradbits.quantizers.rotation import RotationRule
 
+CHUNK = 1 << 16  # elements that stay in the cache through all passes
 SMALLEST_RATIO = 1e-4  # of the two column scales: followers that are zero would ask for an infinite one
 
 
@@ -18,26 +20,26 @@ SMALLEST_RATIO = 1e-4  # of the two column scales: followers that are zero would
 class HouseholderBlocks:
     r"""A block-diagonal :math:`T = H\,\mathrm{diag}(s)` along one axis, in the order of the rows as they came.
 
-    Every row knows its block's leader. A row of T x is :math:`a\,z_L + b\,z + c \sum_\text{followers} z` with
-    :math:`z = s\,x` and L the leader, so a product with T or its inverse takes a few operations per element: the
-    matrix is never built.
+    With :math:`z = s\,x`, a block's leader L and the sum S of its followers' z, H gives the leader
+    :math:`(z_L + S)/\sqrt t` and adds :math:`z_L/\sqrt t - \beta S,\ \beta = 1/(t - \sqrt t)`, to every follower: a
+    product with T or its inverse takes a few operations per element, and the matrix is never built.
 
     Args:
-        leader: int64 index of each row's leader; a leader has its own index.
-        scale: ``s``.
-        lead, own, total: ``a``, ``b`` and ``c`` of the reflection H.
-        follower: 1 for followers, 0 for leaders.
+        block: int64 number of each row's block, from 0; rows that are alone have the number of blocks.
+        leader: int64 index of each block's leader; every other row of the block is a follower.
+        root: :math:`1/\sqrt t` of each block.
+        beta: ``β`` of each block.
+        scale: ``s`` of each row.
         norm: squared norm of each row's column of the inverse.
         axis: the axis whose entries are the rows.
         group: consecutive entries along the axis that make one row: the tokens of one sample.
     """
 
+    block: torch.Tensor
     leader: torch.Tensor
+    root: torch.Tensor
+    beta: torch.Tensor
     scale: torch.Tensor
-    lead: torch.Tensor
-    own: torch.Tensor
-    total: torch.Tensor
-    follower: torch.Tensor
     norm: torch.Tensor
     axis: int = 0
     group: int = 1
@@ -55,34 +57,35 @@ class HouseholderBlocks:
         """Return the same map where ``group`` consecutive entries make one row."""
         return replace(self, group=group)
 
-    def _reflect(self, z: torch.Tensor) -> torch.Tensor:
-        """Return H z for rows along axis 0; H is its own inverse."""
-
-        def column(value: torch.Tensor) -> torch.Tensor:
-            return value.view(-1, *(1,) * (z.dim() - 1))
-
-        sums = torch.zeros_like(z).index_add_(0, self.leader, z * column(self.follower))
-        y = z.index_select(0, self.leader) * column(self.lead)
-        y += z * column(self.own)
-        y += sums.index_select(0, self.leader) * column(self.total)
-        return y
-
-    def _rows(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.movedim(self.axis, 0).float()
-        return x.reshape(x.shape[0] // self.group, self.group, *x.shape[1:]) if self.group > 1 else x
-
-    def _back(self, y: torch.Tensor) -> torch.Tensor:
-        return (y.flatten(0, 1) if self.group > 1 else y).movedim(0, self.axis)
+    def _map(self, x: torch.Tensor, inverse: bool) -> torch.Tensor:
+        """Return T x or its inverse times x; H is its own inverse."""
+        x = x.movedim(self.axis, 0)
+        rows = x.reshape(x.shape[0] // self.group, -1)
+        y = torch.empty(rows.shape, dtype=torch.float32, device=x.device)
+        count = self.leader.numel()
+        # followers add to the sum of their block; leaders and rows that are alone to one that nobody reads
+        slot = self.block.index_fill(0, self.leader, count)
+        root, beta, scale = (value.unsqueeze(1) for value in (self.root, self.beta, self.scale))
+        # columns that stay in the cache through all passes: fresh large buffers cost more than the arithmetic
+        width = max(CHUNK // max(len(rows), 1), 16) if x.device.type == "cpu" else max(rows.shape[1], 1)
+        for start in range(0, rows.shape[1], width):
+            z = rows[:, start : start + width].float()
+            z = z if inverse else z * scale
+            leaders = z.index_select(0, self.leader)
+            sums = z.new_zeros(count + 1, z.shape[1]).index_add_(0, slot, z)[:count]
+            shift = torch.cat([leaders * root - sums * beta, z.new_zeros(1, z.shape[1])])
+            part = shift.index_select(0, self.block).add_(z)
+            part.index_copy_(0, self.leader, leaders.add_(sums).mul_(root))
+            y[:, start : start + width] = part / scale if inverse else part
+        return y.reshape(x.shape).movedim(0, self.axis)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return T x in float32."""
-        z = self._rows(x)
-        return self._back(self._reflect(z * self.scale.view(-1, *(1,) * (z.dim() - 1))))
+        return self._map(x, inverse=False)
 
     def inverse(self, x: torch.Tensor) -> torch.Tensor:
         """Return the inverse of T times x in float32."""
-        y = self._rows(x)
-        return self._back(self._reflect(y) / self.scale.view(-1, *(1,) * (y.dim() - 1)))
+        return self._map(x, inverse=True)
 
     def column_norms(self, x: torch.Tensor) -> torch.Tensor:
         """Return the squared column norms of the inverse of T, to broadcast against ``x``."""
@@ -152,35 +155,33 @@ def reflections(blocks: Blocks) -> HouseholderBlocks:
     :math:`w_1 = v_1/\sqrt t` and :math:`w_2 = v_2 \max|H|`: among all scalings that keep the rows of T x within one
     range, these make the variance least.
     """
-    t = blocks.size.double()
-    alone = t < 2
-    root = t.sqrt()
-    wide = t.clamp(min=2.0)
-    beta = 1.0 / (wide - wide.sqrt())
-    largest = torch.maximum(1.0 / wide.sqrt(), torch.maximum((1.0 - beta).abs(), torch.where(t > 2, beta, 0.0)))
-    w1 = blocks.leader_range / root
-    w2 = blocks.follower_range * largest
-    cube = torch.where(w1 > 0, w2 / ((wide - 1.0) * w1), 1.0)
+    rows = torch.arange(blocks.size.numel(), device=blocks.size.device)
+    leads = blocks.leader == rows
+    alone = blocks.size < 2
+    leader = (leads & ~alone).nonzero().flatten()
+    number = torch.full_like(rows, leader.numel())
+    number[leader] = rows[: leader.numel()]
+    t = blocks.size.double().clamp(min=2.0)
+    root, beta = t.rsqrt(), 1.0 / (t - t.sqrt())
+    largest = torch.maximum(root, torch.maximum((1.0 - beta).abs(), torch.where(t > 2, beta, 0.0)))
+    w1, w2 = blocks.leader_range * root, blocks.follower_range * largest
+    cube = torch.where(w1 > 0, w2 / ((t - 1.0) * w1), 1.0)
     ratio = cube.pow(1.0 / 3.0).clamp(min=SMALLEST_RATIO)  # s1 / s2
-    rank = torch.arange(t.numel(), device=t.device)
-    leads = blocks.leader == rank
     s1, s2 = (1.0 + ratio * ratio).sqrt(), (1.0 + 1.0 / (ratio * ratio)).sqrt()
-    one, zero = torch.ones_like(t), torch.zeros_like(t)
-    norm = torch.where(alone, one, 1.0 / (t * s1 * s1) + (1.0 - 1.0 / t) / (s2 * s2))
+    norm = 1.0 / (t * s1 * s1) + (1.0 - 1.0 / t) / (s2 * s2)
     return HouseholderBlocks(
-        leader=blocks.leader,
-        scale=torch.where(alone, one, torch.where(leads, s1, s2)).float(),
-        lead=torch.where(alone, one, 1.0 / root).float(),
-        own=torch.where(leads, zero, one).float(),
-        total=torch.where(alone, zero, torch.where(leads, 1.0 / root, -beta)).float(),
-        follower=torch.where(leads, zero, one).float(),
-        norm=norm.float(),
+        block=number[blocks.leader],
+        leader=leader,
+        root=root[leader].float(),
+        beta=beta[leader].float(),
+        scale=torch.where(alone, 1.0, torch.where(leads, s1, s2)).float(),
+        norm=torch.where(alone, 1.0, norm).float(),
     )
 
 
 def _row_ranges(x: torch.Tensor) -> torch.Tensor:
-    low, high = torch.aminmax(x.flatten(1), dim=1)
-    return high - low
+    low, high = min_max(x, PerRow())
+    return (high - low).flatten()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,26 +225,17 @@ class Householder(RotationRule):
             bound = (_row_ranges(y).double().square() * turn.norm).nan_to_num(nan=0.0)
             plain = ranges.double().square().nan_to_num(nan=0.0)
             # per block, so that the whole is never above a scale per row
-            difference = torch.zeros_like(bound).index_add_(0, turn.leader, bound - plain)
-            worse = (difference >= 0.0).index_select(0, turn.leader)
-            turn = _undo(turn, worse)
-            y = torch.where(worse.view(-1, *(1,) * (x.dim() - 1)), x.float(), y)
+            difference = torch.zeros_like(bound).index_add_(0, blocks.leader, bound - plain)
+            worse = (difference >= 0.0).index_select(0, blocks.leader)
+            turn = reflections(_apart(blocks, worse))
+            if not turn.leader.numel():
+                return x.movedim(0, axis), None
+            rows = worse.nonzero().flatten()
+            y.index_copy_(0, rows, x.index_select(0, rows).float())
         return y.movedim(0, axis), turn.along(axis)
 
 
-def _undo(turn: HouseholderBlocks, where: torch.Tensor) -> HouseholderBlocks:
-    """Return ``turn`` with the rows of some blocks left as they are."""
-    rank = torch.arange(where.numel(), device=where.device)
-
-    def put(value: torch.Tensor, plain: float) -> torch.Tensor:
-        return torch.where(where, plain, value)
-
-    return HouseholderBlocks(
-        torch.where(where, rank, turn.leader),
-        put(turn.scale, 1.0),
-        put(turn.lead, 1.0),
-        put(turn.own, 0.0),
-        put(turn.total, 0.0),
-        put(turn.follower, 0.0),
-        put(turn.norm, 1.0),
-    )
+def _apart(blocks: Blocks, where: torch.Tensor) -> Blocks:
+    """Return ``blocks`` with some rows alone."""
+    rows = torch.arange(where.numel(), device=where.device)
+    return replace(blocks, leader=torch.where(where, rows, blocks.leader), size=torch.where(where, 1, blocks.size))

@@ -59,10 +59,11 @@ def step_gradient(
     lowest, highest = levels
     v = x.float() / step
     grad = grad.float()
-    inside = (v >= lowest) & (v <= highest)
-    slope = torch.where(inside, torch.round(v) - v, v.clamp(lowest, highest))
-    total = grain.split(slope * grad).sum(dim=-1).reshape(grain.scale_shape(x.shape))
-    return grad * inside, total / math.sqrt(max(x.numel(), 1) * highest)
+    outside = v.clamp(lowest, highest) != v
+    # the clamped code is Q_n or Q_p outside; inside, v is taken off it
+    slope = torch.round(v).clamp_(lowest, highest).sub_(v.masked_fill_(outside, 0.0)).mul_(grad)
+    total = grain.split(slope).sum(dim=-1).reshape(grain.scale_shape(x.shape))
+    return grad.masked_fill(outside, 0.0), total / math.sqrt(max(x.numel(), 1) * highest)
 
 
 @dataclass(frozen=True, kw_only=True)

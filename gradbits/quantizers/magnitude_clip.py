@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from gradbits.core.checks import check_choice, check_integer, check_number
-from gradbits.core.grain import Grain
-from gradbits.quantizers.ranges import RangeRule, State
+from gradbits.core.grain import Grain, PerBlock
+from gradbits.quantizers.ranges import RangeRule, State, min_max
 
 BISECTIONS = 40  # halves the interval to below float32's resolution
 
@@ -30,17 +30,23 @@ def channel_statistics(x: torch.Tensor, grain: Grain) -> ChannelStatistics:
     >>> s.largest.item(), s.sigma.item(), round(s.outside.item(), 3)
     (3.0, 2.0, 0.4)
     """
-    groups = grain.split(x).flatten(0, -2).float()
-    if groups.shape[1] == 0:
-        zero = groups.new_zeros(groups.shape[0])
-        return ChannelStatistics(zero, zero, zero)
-    magnitude = groups.abs()
-    largest = magnitude.amax(dim=1)
+    low, high = min_max(x, grain)
+    largest = torch.maximum(-low, high)
+    if x.numel() == 0:
+        return ChannelStatistics(*(largest.flatten(),) * 3)
+    if isinstance(grain, PerBlock):
+        x = grain.split(x)
+        largest = largest.view(-1, 1)
+    shared = [axis for axis, n in enumerate(largest.shape) if n == 1]
+    count = x.numel() // largest.numel()
     # of values in [-1, 1], so that neither tiny nor huge gradients leave float32's range when squared
     unit = torch.where(largest > 0, 1.0 / largest.clamp(min=torch.finfo(torch.float32).tiny), 0.0)
-    sigma = (groups * unit.unsqueeze(1)).std(dim=1, correction=0) * largest
-    outside = (magnitude > sigma.unsqueeze(1)).float().mean(dim=1)
-    return ChannelStatistics(largest, sigma, outside)
+    scaled = x * unit
+    mean = scaled.sum(dim=shared, keepdim=True) / count
+    square = torch.linalg.vector_norm(scaled, dim=shared, keepdim=True).square() / count
+    sigma = (square - mean * mean).clamp_(min=0.0).sqrt_()
+    outside = (scaled.abs_() > sigma).sum(dim=shared) / count
+    return ChannelStatistics(largest.flatten(), (sigma * largest).flatten(), outside.float().flatten())
 
 
 def exact_clip(core: torch.Tensor, mass: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -145,7 +151,8 @@ class MagnitudeClip(RangeRule):
             wanted = self._clip(statistics, known)
             fresh = wanted if due else torch.where(torch.isfinite(known), known, wanted)
         else:
-            largest = channel_maximum(x, grain)
+            low, high = min_max(x, grain)
+            largest = torch.maximum(-low, high).flatten()
             fresh = known
         finite, zero = torch.isfinite(largest), largest == 0
         clip = torch.where(finite & ~zero, fresh, known)
@@ -169,9 +176,3 @@ class MagnitudeClip(RangeRule):
             exact = exact_clip(core, 1.0 - statistics.outside, self.alpha) * largest
             clip = torch.where(torch.isfinite(exact), exact, clip)
         return torch.where(self.is_gaussian(statistics), largest, clip)
-
-
-def channel_maximum(x: torch.Tensor, grain: Grain) -> torch.Tensor:
-    """Return max|x| of what shares one scale, flat; 0 where empty."""
-    groups = grain.split(x).flatten(0, -2).float()
-    return groups.abs().amax(dim=1) if groups.shape[1] else groups.new_zeros(groups.shape[0])

@@ -139,13 +139,24 @@ def test_one_dominant_row_gains_its_block_size(bits):
 
 def test_flat_rows_fall_back_to_one_scale_per_row():
     x = torch.randn(40, 300, generator=torch.Generator().manual_seed(0)).clamp(-2, 2)
-    turn = bhq(5).quantize(x).rotation
-    assert torch.equal(turn.leader, torch.arange(40))
-    assert torch.equal(turn.forward(x), x)
-    assert torch.equal(turn.inverse(x), x)
+    assert bhq(5).quantize(x).rotation is None
     assert torch.equal(bhq(5).quantize(x).scale, psq(5).quantize(x).scale)
     # without the fallback the bound does rise
     assert bound(bhq(5, fallback=False), x) > bound(psq(5), x)
+
+
+def test_blocks_fall_back_one_by_one():
+    """Rows of one size stay as they are beside blocks that pay."""
+    x = rows(40, 300, 0.3, 0)
+    turn = bhq(5).quantize(x).rotation
+    y = turn.forward(x)
+    alone = turn.block == turn.leader.numel()
+    assert 0 < int(alone.sum()) < 40
+    assert torch.equal(y[alone], x[alone])
+    assert torch.equal(turn.inverse(x)[alone], x[alone])
+    assert not torch.equal(y, x)
+    torch.testing.assert_close(turn.inverse(y), x, rtol=1e-4, atol=1e-5)
+    assert bound(bhq(5), x) < bound(psq(5), x)
 
 
 def test_unbiased():
@@ -224,3 +235,9 @@ def test_tokens_of_a_sample_make_one_row():
     weight = torch.randn(4, 7)
     product = by_token.rotation.inverse(by_token.rotation.forward(x.view(24, 4)) @ weight)
     torch.testing.assert_close(product, x.view(24, 4) @ weight, rtol=1e-4, atol=1e-4)
+
+
+def test_fake_quantization_passes_the_gradient():
+    x = rows(9, 5, 1.0, 2).requires_grad_()
+    bhq(5).fake_quantize(x).sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones(9, 5), rtol=0, atol=1e-5)
