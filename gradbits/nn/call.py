@@ -40,7 +40,8 @@ class Call:
         state_of: returns the state of an operand's quantizer.
         compute: ``"auto"``, ``"integer"`` or ``"simulate"``.
         seed: seed of this call's noise.
-        update: whether range states may change.
+        update: whether the states of forward operands may change: in training, and not when a checkpoint recomputes.
+        training: whether the states of gradients may change.
         on_nonfinite: what to do with NaN and Inf.
         name: the layer's name, for messages.
         dtype: dtype of the output.
@@ -53,6 +54,7 @@ class Call:
     compute: str
     seed: int
     update: bool
+    training: bool
     on_nonfinite: str
     name: str
     dtype: torch.dtype

@@ -167,7 +167,7 @@ def _backward_product(
         operand = operand.unpack()
         shared = known is not None and recipe.share_gradient and recipe.grad_input is not None
         same = shared and recipe.grad_input is not None and spec.gradient == recipe.grad_input.gradient
-        codes = known if same and known is not None else call.quantize(product, "gradient", g, True)[0]
+        codes = known if same and known is not None else call.quantize(product, "gradient", g, call.training)[0]
         rotated = passage is not None and passage.shares_rotation(operand)
         keep = (other,) if rotated else ()
         inside = torch.float32 if passage is not None else dtype

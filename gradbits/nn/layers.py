@@ -88,6 +88,7 @@ class Quantized:
             # reentrant checkpointing runs the first forward without gradients: it must draw as the second will
             seed=draw_seed() if a.recipe.is_stochastic and (training or torch.is_grad_enabled()) else 0,
             update=training and not recomputing,
+            training=training,
             on_nonfinite=a.on_nonfinite,
             name=a.name,
             dtype=dtype,

@@ -128,6 +128,7 @@ def test_evaluation_draws_no_noise_and_updates_no_range():
     with torch.no_grad():
         net(X * 100)
     assert torch.equal(torch.get_rng_state(), rng)
+    net(X * 100).sum().backward()  # a saliency map, say: noise is drawn, ranges stay
     assert all(torch.equal(v.nan_to_num(-7), state[k].nan_to_num(-7)) for k, v in net.state_dict().items())
 
 
