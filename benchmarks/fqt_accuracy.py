@@ -28,9 +28,9 @@ def main() -> None:
     quantized = [f"{m}:grad_input.gradient.bits={b}" for b in options.bits.split(",") for m in METHODS]
     networks = ",".join(["fp32", "unified_int8", "adaptive_int8", *quantized])
     command = f"--data fashion-mnist --model small_cnn --compare {networks}"
-    command += f" --epochs {options.epochs} --seeds {options.seeds}"
+    command += f" --epochs {options.epochs}"
     command += f" --limit {options.limit}" if options.limit else ""
-    write("fqt_accuracy", command, compare(command, options.out), keep=not options.limit)
+    write("fqt_accuracy", f"{command} --seeds {options.seeds}", compare(command, options.seeds, options.out), keep=not options.limit)
 
 
 if __name__ == "__main__":

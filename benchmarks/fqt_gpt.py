@@ -36,10 +36,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="keep the run's folder here, and go on with it if it is there")
     options = parser.parse_args()
     source = f"--data text --text {shlex.quote(str(options.text))}" if options.text else "--data pydoc"
-    command = f"{source} --model gpt --compare {','.join(NETWORKS)} --steps {options.steps} --seeds {options.seeds}"
+    command = f"{source} --model gpt --compare {','.join(NETWORKS)} --steps {options.steps}"
     command += f" --limit {options.limit}" if options.limit else ""
     name = f"fqt_gpt_{options.text.parent.name + '_' + options.text.stem if options.text else 'pydoc'}"
-    write(name, command, compare(command, options.out), keep=not options.limit)
+    write(name, f"{command} --seeds {options.seeds}", compare(command, options.seeds, options.out), keep=not options.limit)
 
 
 if __name__ == "__main__":

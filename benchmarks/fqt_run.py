@@ -19,19 +19,24 @@ from gradbits.kernels import machine
 LOGS = Path(__file__).parent / "logs"
 
 
-def compare(command: str, out: Path | None) -> list[dict[str, Any]]:
-    """Run ``gradbits train`` and return its records; go on with the run in ``out`` where there is one."""
+def compare(command: str, seeds: str, out: Path | None) -> list[dict[str, Any]]:
+    """Run ``gradbits train`` for each seed in a folder of its own below ``out`` and return all records.
+
+    A run that is there already goes on where it was, so several processes may take different seeds of one ``out``.
+    """
+    records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
-        folder = out or Path(temporary) / "out"
-        arguments = ["--resume"] if folder.exists() else shlex.split(command)
-        # its progress goes to the terminal
-        done = subprocess.run(
-            [sys.executable, "-m", "gradbits", "train", *arguments, "--out", str(folder)], check=False
-        )
-        if done.returncode:
-            sys.exit(done.returncode)
-        records: list[dict[str, Any]] = json.loads((folder / "results.json").read_text())
-        return records
+        for seed in seeds.split(","):
+            folder = (out or Path(temporary)) / f"seed{seed}"
+            arguments = ["--resume"] if folder.exists() else [*shlex.split(command), "--seeds", seed]
+            # its progress goes to the terminal
+            done = subprocess.run(
+                [sys.executable, "-m", "gradbits", "train", *arguments, "--out", str(folder)], check=False
+            )
+            if done.returncode:
+                sys.exit(done.returncode)
+            records += json.loads((folder / "results.json").read_text())
+    return records
 
 
 def write(name: str, command: str, records: list[dict[str, Any]], keep: bool) -> None:
