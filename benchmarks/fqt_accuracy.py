@@ -30,7 +30,8 @@ def main() -> None:
     command = f"--data fashion-mnist --model small_cnn --compare {networks}"
     command += f" --epochs {options.epochs}"
     command += f" --limit {options.limit}" if options.limit else ""
-    write("fqt_accuracy", f"{command} --seeds {options.seeds}", compare(command, options.seeds, options.out), keep=not options.limit)
+    records = compare(command, options.seeds, options.out)
+    write("fqt_accuracy", f"{command} --seeds {options.seeds}", records, keep=not options.limit)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ def main() -> None:
     command = f"{source} --model gpt --compare {','.join(NETWORKS)} --steps {options.steps}"
     command += f" --limit {options.limit}" if options.limit else ""
     name = f"fqt_gpt_{options.text.parent.name + '_' + options.text.stem if options.text else 'pydoc'}"
-    write(name, f"{command} --seeds {options.seeds}", compare(command, options.seeds, options.out), keep=not options.limit)
+    records = compare(command, options.seeds, options.out)
+    write(name, f"{command} --seeds {options.seeds}", records, keep=not options.limit)
 
 
 if __name__ == "__main__":
