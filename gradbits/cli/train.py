@@ -57,6 +57,15 @@ def train(
     share: Annotated[
         int | None, typer.Option(help="Bits of codebooks, 1 to 8, that the last fifth of the steps trains.")
     ] = None,
+    measure_variance: Annotated[
+        bool,
+        typer.Option(
+            "--measure-variance", help="Also measure bias and variance of every layer's gradients, once trained."
+        ),
+    ] = False,
+    draws: Annotated[
+        int | None, typer.Option(help="Draws of the noise for --measure-variance, at least 3. Default: 32.")
+    ] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints, besides one at each test.")] = None,
     log_every: Annotated[int | None, typer.Option(help="Steps between lines of log.jsonl. Default: 10.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for everything. Default: a fresh one under runs/.")] = None,
@@ -101,6 +110,8 @@ def train(
         pack_activations=pack_activations,
         prune=prune,
         share=share,
+        measure_variance=True if measure_variance else None,
+        draws=draws,
         save_every=save_every,
         log_every=log_every,
     )
@@ -116,6 +127,8 @@ def train(
         raise typer.Exit(128 + stopped.signal) from stopped
     console.print(f"models: {experiment.folder().models}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"results: {experiment.folder().results}", highlight=False, markup=False, soft_wrap=True)
+    if experiment.options.measure_variance:
+        console.print(f"variance: {experiment.folder().variance}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _split(text: str) -> tuple[str, ...]:

@@ -24,11 +24,12 @@ from gradbits.train.loop import Plan, Position, read_position, restore, train
 from gradbits.train.measure import measure
 from gradbits.train.model_file import model_metadata, save_model
 from gradbits.train.network import Network, build_network
-from gradbits.train.options import TrainOptions
+from gradbits.train.options import DRAWS, TrainOptions
 from gradbits.train.picture import draw_log
 from gradbits.train.progress import make_reporter
 from gradbits.train.results import Record, load_results, make_record, results_table, save_results
 from gradbits.train.tasks import CONTEXT, Task, make_task
+from gradbits.train.variance import draw_variances, measure_variances, save_variances, variance_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +107,12 @@ class Experiment:
             else:
                 records = self._measure_all(folder, ends, stop)
                 save_results(folder.results, records)
-        title = f"{self.options.data}, {self.options.model}"
-        try:
-            draw_log(folder.log, folder.curves, title)
-        except MissingDependencyError as error:
-            self.console.print(f"no {folder.curves.name}: {error}", markup=False, highlight=False)
-        self.console.print(results_table(records))
+            title = f"{self.options.data}, {self.options.model}"
+            with self._without_plots(folder.curves):
+                draw_log(folder.log, folder.curves, title)
+            self.console.print(results_table(records))
+            if self.options.measure_variance:
+                self._measure_variances(folder, title, stop)
         return records
 
     def _prepare(self) -> Folder:
@@ -238,6 +239,32 @@ class Experiment:
                     )
                 )
         return records
+
+    def _measure_variances(self, folder: Folder, title: str, stop: StopRequest) -> None:
+        """Measure the gradients of the first seed's quantized networks; show them, write them, draw them."""
+        networks = []
+        seed = (self.options.seeds or (0,))[0]
+        for job in self.jobs:
+            if job.seed == seed and not job.entry.is_float:
+                networks.append(self._build(job.entry, seed))
+                restore(networks[-1], job.checkpoint, self._identity(job))
+        batch = self.task.batch(seed, self.total)  # the one that would have been trained on next
+        reports = {}
+        for network, report in measure_variances(networks, batch, self.options.draws or DRAWS, stop):
+            reports[network.entry.label] = report
+            self.console.print(f"\n{network.entry.label}\n{report}", markup=False, highlight=False, soft_wrap=True)
+        self.console.print(variance_table(reports))
+        save_variances(folder.variance, reports, seed=seed, step=self.total)
+        with self._without_plots(folder.variance_picture):
+            draw_variances(folder.variance_picture, reports, f"{title}, after {self.total} steps")
+
+    @contextlib.contextmanager
+    def _without_plots(self, path: Path) -> Iterator[None]:
+        """Go on where a picture cannot be drawn for want of a package; say so."""
+        try:
+            yield
+        except MissingDependencyError as error:
+            self.console.print(f"no {path.name}: {error}", markup=False, highlight=False)
 
 
 def _test_every(options: TrainOptions, task: Task, total: int) -> int:

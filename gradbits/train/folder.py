@@ -49,6 +49,16 @@ class Folder:
         return self.root / "curves.png"
 
     @property
+    def variance(self) -> Path:
+        """Bias and variance of the gradients, where they were measured."""
+        return self.root / "variance.json"
+
+    @property
+    def variance_picture(self) -> Path:
+        """The variances as a picture."""
+        return self.root / "variance.png"
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
         return self.root / "checkpoints"
@@ -78,7 +88,7 @@ class Folder:
 
     def clear(self) -> None:
         """Remove what an earlier run left here, and nothing else."""
-        for path in (self.options, self.log, self.results, self.curves):
+        for path in (self.options, self.log, self.results, self.curves, self.variance, self.variance_picture):
             path.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.models, self.reports):
             shutil.rmtree(folder, ignore_errors=True)

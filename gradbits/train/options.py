@@ -21,6 +21,8 @@ from gradbits.train.sharing import SHARE_BITS
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("cosine", "constant")
 COMPUTE = ("auto", "integer", "simulate")
+DRAWS = 32
+LATE = ("measure_variance", "draws")  # change no number of the training: a finished run may still be asked for them
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "mlp": {"optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4},
     "small_cnn": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4},
@@ -57,6 +59,8 @@ class TrainOptions:
         pack_activations: bits of what autograd keeps, for every network; None packs nothing.
         prune: sparsity that the weights of every network reach while they train; None prunes nothing.
         share: bits of the codebooks that the weights of every network end in; None shares nothing.
+        measure_variance: whether bias and variance of the gradients of every quantized network are measured at the end.
+        draws: how often their noise is drawn for that.
         save_every, log_every: steps between checkpoints (besides those at every test) and between lines of the log.
     """
 
@@ -82,6 +86,8 @@ class TrainOptions:
     pack_activations: int | None = None
     prune: float | None = None
     share: int | None = None
+    measure_variance: bool | None = None
+    draws: int | None = None
     save_every: int | None = None
     log_every: int | None = None
 
@@ -119,6 +125,7 @@ class TrainOptions:
             "threads": torch.get_num_threads(),
             "compute": "auto",
             "log_every": 10,
+            **({"draws": DRAWS} if self.measure_variance else {}),
         }
         given = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
         settled = {**defaults, **given, "data": data, "model": model, "epochs": epochs, "steps": steps}
@@ -139,6 +146,10 @@ class TrainOptions:
             check_number(self.prune, "prune", 0.0, 1.0, open_low=True, open_high=True)
         if self.share is not None:
             check_bits(self.share, "share", *SHARE_BITS)
+        if self.draws is not None:
+            check_integer(self.draws, "draws", 3)
+            if not self.measure_variance:
+                raise ArgumentError(f"draws={self.draws}: is for measure_variance=True (--measure-variance) only")
         for name in ("batch_size", "threads", "log_every"):
             check_integer(getattr(self, name), name, 1)
         check_choice(self.optimizer, "optimizer", OPTIMIZERS)
@@ -155,6 +166,8 @@ class TrainOptions:
         entries = self.entries()
         if len({entry.label for entry in entries}) != len(entries):
             raise ArgumentError(f"networks={','.join(self.networks or ())!r}: two entries are the same network")
+        if self.measure_variance and all(entry.is_float for entry in entries):
+            raise ArgumentError(f"measure_variance=True: {' and '.join(FLOAT)} have no quantizers whose noise varies")
         if self.overrides and all(entry.is_float for entry in entries):
             raise ArgumentError(f"set={self.overrides[0]!r}: {' and '.join(FLOAT)} have no quantizers to override")
         try:
@@ -199,12 +212,18 @@ class TrainOptions:
     def merged(self, stored: TrainOptions) -> TrainOptions:
         """Return ``stored``, the options of the run to resume, provided that ``self`` asks for nothing else.
 
+        To measure variance may be asked for later.
+
         Raises:
             ArgumentError: an option was given that differs from the stored one; names it.
         """
         settings = stored.to_dict()
+        late = {key: value for key in LATE if (value := getattr(self, key)) is not None}
+        if late and not stored.measure_variance:
+            stored = dataclasses.replace(stored, **{"draws": DRAWS, **late})
+            stored._check()
         for key, value in self.to_dict().items():
-            if value is None:
+            if value is None or (key in late and not settings["measure_variance"]):
                 continue
             if key in ("data_dir", "text"):
                 value = str(Path(value).resolve())
