@@ -12,12 +12,18 @@ from gradbits.nn.layers import QUANTIZED_CLASSES, Quantized
 from gradbits.nn.report import named_layers
 
 
+def _bits(spec: Any) -> float:
+    bits = float(spec.gradient.bits * spec.gradient.grid.digits)
+    return bits if spec.sampling is None else bits * float(spec.sampling.keep)
+
+
 def gradient_bits(model: nn.Module, run: Callable[[], Any]) -> float:
     r"""Return the bits of a gradient element, averaged over all elements that enter a backward product.
 
     .. math:: \bar b = \frac{\sum_l n_l\,(b_l^\text{grad\_input} + b_l^\text{grad\_weight})/2}{\sum_l n_l}
 
-    with n_l the elements of the gradient of layer l's output. A product in float counts the bits of the output's dtype.
+    with n_l the elements of the gradient of layer l's output. A product in float counts the bits of the output's dtype;
+    of several digits each counts its bits, and of sampled rows the expected part that is drawn.
 
     Args:
         model: a module with Linear, convolution or ``gradbits.nn.Matmul`` layers, quantized or not.
@@ -35,7 +41,7 @@ def gradient_bits(model: nn.Module, run: Callable[[], Any]) -> float:
         recipe = layer.assignment.recipe if isinstance(layer, Quantized) else None
         for product in ("grad_input", "grad_weight"):
             spec = getattr(recipe, product, None)
-            total[0] += output.numel() * (width if spec is None else spec.gradient.bits) / 2
+            total[0] += output.numel() * (width if spec is None else _bits(spec)) / 2
         total[1] += output.numel()
 
     layers = [m for _, m in named_layers(model) if isinstance(m, (Quantized, *QUANTIZED_CLASSES))]

@@ -46,3 +46,13 @@ def test_hooks_are_removed_even_after_an_error() -> None:
 def test_a_model_without_layers_is_float() -> None:
     net = nn.ReLU()
     assert gradient_bits(net, lambda: net(torch.ones(2))) == 32
+
+
+def test_digits_count_each_and_rows_that_are_not_drawn_do_not() -> None:
+    for sampling, bits in ((False, 8), (True, 4)):
+        net = network()
+        gb.quantize_(net, gb.recipe("int4_transformer", sampling=sampling))
+        assert gradient_bits(net, lambda net=net: net(torch.ones(2, 8))) == bits
+    net = network()
+    gb.quantize_(net, gb.recipe("int4_transformer", keep=0.25))
+    assert gradient_bits(net, lambda: net(torch.ones(2, 8))) == 2
