@@ -13,6 +13,7 @@ from gradbits.core.grain import Grain, PerChannel, PerTensor
 from gradbits.core.qtensor import QTensor, Rotation
 from gradbits.kernels.dispatch import Epilogue, Kernel, Request, choose
 from gradbits.kernels.geometry import ConvGeometry, patch_bytes, terms_of
+from gradbits.nn.headroom import beyond_float32, turned_back, wide
 from gradbits.recipes.recipe import LEGAL_AXIS, Recipe
 
 LARGEST = torch.finfo(torch.float32).max
@@ -111,6 +112,8 @@ class Bilinear:
         """
         sums, turned = [], self._rotations(product, a, b, keep)
         simple = a.rest is None and b.rest is None and not turned
+        if not (simple and a.zero_value() is None and b.zero_value() is None) and beyond_float32(a, b):
+            a, b, simple = wide(a), wide(b), False
         for x in a.digits():
             for y in b.digits():
                 part = self._digits_product(product, x, y, bias if simple else None, dtype if simple else None, compute)
@@ -121,7 +124,7 @@ class Bilinear:
         for part in sums[1:]:
             total += part
         for rotation in turned:
-            total = rotation.inverse(total)
+            total = turned_back(rotation, total)
         if bias is not None:
             total = total + self.bias_for_output(bias, total.dim()).float()
         return total.to(dtype)
@@ -129,13 +132,17 @@ class Bilinear:
     def _digits_product(
         self, product: str, a: QTensor, b: QTensor, bias: torch.Tensor | None, dtype: torch.dtype | None, compute: str
     ) -> torch.Tensor:
-        """Return the product of one digit of each operand, in float32 unless ``dtype`` is given."""
+        """Return the product of one digit of each operand, in ``dtype``, else float32; of wide operands in float64."""
         roles = OPERANDS[product]
         op, request = self.request(product, a.codes, b.codes)
         kernel = choose(op, request, compute)
         scale_a = self.to_output(product, roles[0], a.scale)
         scale_b = self.to_output(product, roles[1], b.scale)
         terms = self._zero_terms(kernel, product, a, b, scale_a, scale_b)
+        if scale_a.dtype == torch.float64:
+            plain = Epilogue(torch.ones((), device=a.codes.device))
+            sums = self.call(kernel, product, a.codes, b.codes, plain).double()
+            return sum(terms, _times(scale_a, scale_b) * sums)
         shaped = None if bias is None else self.bias_for_output(bias, a.codes.dim())
         epilogue = Epilogue(_times(scale_a, scale_b), terms, shaped, dtype or torch.float32)
         return self.call(kernel, product, a.codes, b.codes, epilogue)
@@ -193,7 +200,8 @@ class Bilinear:
 
 def _times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return ``a * b`` without Inf: a sum of zero must stay zero where the scales are huge. NaN stays."""
-    return (a * b).clamp(-LARGEST, LARGEST)
+    largest = torch.finfo(a.dtype).max
+    return (a * b).clamp(-largest, largest)
 
 
 def _ones(codes: torch.Tensor, axis: int) -> torch.Tensor:
