@@ -112,40 +112,54 @@ class Bilinear:
         """
         sums, turned = [], self._rotations(product, a, b, keep)
         simple = a.rest is None and b.rest is None and not turned
-        if not (simple and a.zero_value() is None and b.zero_value() is None) and beyond_float32(a, b):
+        added = not simple or a.zero_value() is not None or b.zero_value() is not None
+        huge = added and beyond_float32(a, b)
+        if huge:
             a, b, simple = wide(a), wide(b), False
         for x in a.digits():
             for y in b.digits():
-                part = self._digits_product(product, x, y, bias if simple else None, dtype if simple else None, compute)
-                sums.append(part)
+                if huge:
+                    sums.append(self._wide_product(product, x, y, compute))
+                else:
+                    last = (bias, dtype) if simple else (None, torch.float32)
+                    sums.append(self._digits_product(product, x, y, *last, compute))
         if simple:
             return sums[0]
         total = sums[0]
         for part in sums[1:]:
             total += part
         for rotation in turned:
-            total = turned_back(rotation, total)
+            total = turned_back(rotation, total) if huge else rotation.inverse(total)
         if bias is not None:
             total = total + self.bias_for_output(bias, total.dim()).float()
         return total.to(dtype)
 
     def _digits_product(
-        self, product: str, a: QTensor, b: QTensor, bias: torch.Tensor | None, dtype: torch.dtype | None, compute: str
+        self, product: str, a: QTensor, b: QTensor, bias: torch.Tensor | None, dtype: torch.dtype, compute: str
     ) -> torch.Tensor:
-        """Return the product of one digit of each operand, in ``dtype``, else float32; of wide operands in float64."""
+        """Return the product of one digit of each operand."""
         roles = OPERANDS[product]
         op, request = self.request(product, a.codes, b.codes)
         kernel = choose(op, request, compute)
         scale_a = self.to_output(product, roles[0], a.scale)
         scale_b = self.to_output(product, roles[1], b.scale)
         terms = self._zero_terms(kernel, product, a, b, scale_a, scale_b)
-        if scale_a.dtype == torch.float64:
-            plain = Epilogue(torch.ones((), device=a.codes.device))
-            sums = self.call(kernel, product, a.codes, b.codes, plain).double()
-            return sum(terms, _times(scale_a, scale_b) * sums)
         shaped = None if bias is None else self.bias_for_output(bias, a.codes.dim())
-        epilogue = Epilogue(_times(scale_a, scale_b), terms, shaped, dtype or torch.float32)
+        epilogue = Epilogue(_times(scale_a, scale_b), terms, shaped, dtype)
         return self.call(kernel, product, a.codes, b.codes, epilogue)
+
+    def _wide_product(self, product: str, a: QTensor, b: QTensor, compute: str) -> torch.Tensor:
+        """Return the product of one digit of each operand in float64; scales and zero points are in float64 too."""
+        op, request = self.request(product, a.codes, b.codes)
+        kernel = choose(op, request, compute)
+        scale_a, scale_b = (
+            self.to_output(product, role, q.scale) for role, q in zip(OPERANDS[product], (a, b), strict=True)
+        )
+        plain = Epilogue(torch.ones((), device=a.codes.device))
+        total = _times(scale_a, scale_b) * self.call(kernel, product, a.codes, b.codes, plain)
+        for term in self._zero_terms(kernel, product, a, b, scale_a, scale_b):
+            total = total + term
+        return total
 
     def _rotations(self, product: str, a: QTensor, b: QTensor, keep: tuple[str, ...]) -> list[Rotation]:
         """Return the rotations of the operands that show in the result, along the axes of the result.

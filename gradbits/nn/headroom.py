@@ -45,8 +45,8 @@ def wide(q: QTensor) -> QTensor:
 
 
 def turned_back(rotation: Rotation, total: torch.Tensor) -> torch.Tensor:
-    """Undo a rotation, which is computed in float32, on values that may be too large for it."""
-    if total.dtype != torch.float64 or not total.numel():
+    """Undo a rotation, which is computed in float32, on float64 values that may be too large for it."""
+    if not total.numel():
         return rotation.inverse(total)
     size = torch.nan_to_num(total.abs(), nan=0.0, posinf=0.0).max().clamp(min=1.0)
     return rotation.inverse(total / size).double() * size
