@@ -35,6 +35,10 @@ class DoubleBackwardError(GradbitsError, RuntimeError):
     """A quantized layer was differentiated twice."""
 
 
+class UnsupportedError(GradbitsError, NotImplementedError):
+    """A quantized layer was called where it cannot work; the message says what works instead."""
+
+
 class CorruptDataError(GradbitsError, ValueError):
     """A file or a message is damaged, truncated or of another kind than expected."""
 

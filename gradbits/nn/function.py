@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gradbits.core.errors import DoubleBackwardError
+from gradbits.core.errors import DoubleBackwardError, UnsupportedError
 from gradbits.core.packing import packed_width
 from gradbits.core.qtensor import QTensor
 from gradbits.nn.call import ON_NONFINITE, Call, quantizer_of
@@ -71,6 +71,18 @@ class QuantizedProduct(torch.autograd.Function):
         ctx.like = {role: (value.shape, value.dtype) for role, value in values.items()}
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        """Refuse forward-mode differentiation.
+
+        Raises:
+            UnsupportedError: always; codes have no derivative.
+        """
+        raise UnsupportedError(
+            f"layer {ctx.call.name!r} is quantized and has no forward-mode derivative; use backward() or "
+            "torch.autograd.grad"
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -17,6 +17,7 @@ from gradbits.kernels.geometry import ConvGeometry
 from gradbits.nn.bilinear import Bilinear, ConvProducts, LinearProducts, MatmulProducts
 from gradbits.nn.function import Call, QuantizedProduct
 from gradbits.nn.matmul import Matmul
+from gradbits.nn.refuse import refuse_script, refuse_transforms
 from gradbits.quantizers.quantizer import Quantizer
 from gradbits.quantizers.ranges import State
 from gradbits.recipes.recipe import Recipe
@@ -97,6 +98,9 @@ class Quantized:
         with torch.autocast(device, enabled=False):
             return QuantizedProduct.apply(x, weight, bias, call, *learned.values())
 
+    def __prepare_scriptable__(self) -> None:  # the name that torch.jit.script looks for
+        refuse_script(self.assignment.name)
+
     def learned(self) -> dict[tuple[str, str], torch.Tensor]:
         """Return the learned entries of the forward operands' states by (role, name)."""
         output = self.assignment.recipe.output
@@ -142,7 +146,7 @@ def init_states(layer: Quantized, recipe: Recipe) -> tuple[QuantizerStates | Non
 
 
 def _check_size(layer: Quantized, x: torch.Tensor, axes: tuple[int, ...], size: int, what: str) -> None:
-    """Refuse an input of a shape that the layer does not take: kernels trust the sizes they are given.
+    """Refuse an input that the layer does not take, first of all of another shape: kernels trust the sizes they get.
 
     Args:
         layer: names it.
@@ -152,6 +156,7 @@ def _check_size(layer: Quantized, x: torch.Tensor, axes: tuple[int, ...], size: 
         size: what the checked axis must have.
         what: what that axis holds.
     """
+    refuse_transforms(layer.assignment.name, x)
     enough = x.dim() >= axes[0] if len(axes) == 1 else x.dim() in axes
     if not enough or x.shape[-axes[0]] != size:
         legal = f"at least {axes[0]}" if len(axes) == 1 else " or ".join(map(str, axes))
@@ -194,6 +199,7 @@ class QuantizedMatmul(Quantized, Matmul):
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Return ``a`` [..., M, K] times ``b`` [..., K, N]."""
         for operand, name in ((a, "a"), (b, "b")):
+            refuse_transforms(self.assignment.name, operand)
             if operand.dim() == 0:
                 raise ArgumentError(f"{name}: has no axes; a matrix product needs at least one")
         if a.dim() == 1:
