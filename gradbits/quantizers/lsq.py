@@ -78,7 +78,7 @@ class MeanStep(RangeRule):
         self, grid: Grid, x: torch.Tensor, grain: Grain, state: State, update: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         lowest, highest = grid.levels
-        step = initial_step(x, highest, grain) if x.numel() else torch.zeros(grain.scale_shape(x.shape))
+        step = initial_step(x, highest, grain) if x.numel() else x.new_zeros(grain.scale_shape(x.shape)).float()
         return lowest * step, highest * step
 
 
@@ -144,8 +144,8 @@ class LSQ(STE):
         size = step.abs().clamp(min=torch.finfo(torch.float32).tiny).reshape(shape)
         grad_x, grad_step = step_gradient(x, size, grad, grid.levels, grain)
         grad_step = grad_step.reshape(-1) * torch.where(step < 0, -1.0, 1.0)
-        # one bad batch must not reach what the layer has learned
-        grad_step = torch.where(torch.isfinite(grad_step), grad_step, 0.0)
+        # one bad batch must not reach what the layer has learned, not even by way of other channels
+        grad_step = torch.where(torch.isfinite(grad_step).all(), grad_step, 0.0)
         return grad_x, {"step": grad_step.to(step.dtype)}
 
 

@@ -156,10 +156,9 @@ class MagnitudeClip(RangeRule):
             fresh = known
         finite, zero = torch.isfinite(largest), largest == 0
         clip = torch.where(finite & ~zero, fresh, known)
-        if update and x.numel():
+        if update and x.numel() and bool(finite.all()):  # else the whole step teaches nothing, other channels included
             state["clip"].copy_(clip)
-            if bool(finite.all()):
-                state["age"] += 1
+            state["age"] += 1
         used = torch.where(zero, largest, torch.where(torch.isfinite(clip), clip, largest))
         used = torch.where(finite, used, float("nan")).reshape(shape)
         return -used, used

@@ -125,9 +125,9 @@ class EMA(RangeRule):
         known = torch.stack([state["low"], state["high"]])
         finite = torch.isfinite(seen).all(dim=0)
         started = torch.isfinite(known).all(dim=0)
-        if update and x.numel():
+        if update and x.numel() and bool(finite.all()):  # else the whole step teaches nothing, other channels included
             moved = known + (1.0 - self.decay) * (seen - known)
-            known = torch.where(finite, torch.where(started, moved, seen), known)
+            known = torch.where(started, moved, seen)
             state["low"].copy_(known[0])
             state["high"].copy_(known[1])
             started = torch.isfinite(known).all(dim=0)

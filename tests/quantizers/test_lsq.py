@@ -107,6 +107,11 @@ def test_nan_after_the_start_shows_and_leaves_the_step():
     grad = torch.tensor([1.0, math.nan, 1.0, 1.0])
     _, learned = LSQ().backward(x, grad, QUANTIZER.grid, PerTensor(), state)
     assert float(learned["step"]) == 0.0
+    state, grain = {"step": torch.ones(2)}, PerChannel(axis=0)
+    grad = torch.tensor([[1.0, math.nan], [1.0, 1.0]])
+    x = torch.full((2, 2), 0.3)
+    assert bool(LSQ().backward(x, torch.ones(2, 2), QUANTIZER.grid, grain, state)[1]["step"].all())
+    assert not LSQ().backward(x, grad, QUANTIZER.grid, grain, state)[1]["step"].any()  # no channel learns from it
 
 
 def test_a_negative_step_counts_by_its_size():

@@ -71,9 +71,8 @@ def test_ema_is_untouched_by_what_is_not_finite(bad):
         assert torch.isnan(low[0, 1])
         assert torch.isnan(high[0, 1])
         assert bool(torch.isfinite(low[0, 0]))
-        for key, value in state.items():
-            assert torch.equal(value[1], before[key][1]) or bool(value[1].isnan() & before[key][1].isnan())
-            assert bool(torch.isfinite(value[0]))  # the other channel was seen
+        for key, value in state.items():  # the other channel does not learn from such a step either
+            assert torch.equal(value.nan_to_num(-7), before[key].nan_to_num(-7))
 
 
 def test_ema_only_changes_when_it_may():
