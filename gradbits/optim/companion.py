@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradbits.core.checks import check_module, check_number
+from gradbits.core.checks import check_instance, check_module, check_number
 from gradbits.core.errors import ArgumentError, DtypeError
 from gradbits.core.ranks import mean_over_ranks
 from gradbits.nn.layers import Quantized
@@ -129,19 +129,28 @@ class DeviationCounteractiveLR:
             self._groups = None
 
 
-def attach_companion_(optimizer: torch.optim.Optimizer, model: nn.Module) -> DeviationCounteractiveLR | None:
+def attach_companion_(
+    optimizer: torch.optim.Optimizer, model: nn.Module, *, average: bool = True
+) -> DeviationCounteractiveLR | None:
     """Attach what the model's recipes ask of ``optimizer``; return it, or None where they ask nothing.
 
     Call it after ``quantize_``, with an optimizer that was built after it.
 
+    Args:
+        optimizer: any PyTorch optimizer.
+        model: a model with quantized layers.
+        average: whether the ranks of a distributed run average what they have seen before each step, see
+            ``DeviationCounteractiveLR``; False where ranks hold different layers, which would wait for each other.
+
     Raises:
-        DtypeError: no optimizer, or no module.
+        DtypeError: no optimizer, no module, or ``average`` is no bool.
         ArgumentError: the optimizer lacks parameters that the quantizers learn, or all of the model's, or has a
             companion for the model already.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise DtypeError(f"optimizer: must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
     check_module(model)
+    check_instance(average, "average", bool)
     layers = [m for m in model.modules() if isinstance(m, Quantized)]
     held = {p for group in optimizer.param_groups for p in group["params"]}
     learned = [
@@ -163,4 +172,4 @@ def attach_companion_(optimizer: torch.optim.Optimizer, model: nn.Module) -> Dev
         other = getattr(hook, "__self__", None)
         if isinstance(other, DeviationCounteractiveLR) and any(layer in other._layers for layer in layers):
             raise ArgumentError("optimizer: has a companion for this model already; detach() that one first")
-    return DeviationCounteractiveLR(optimizer, model)
+    return DeviationCounteractiveLR(optimizer, model, average=average)

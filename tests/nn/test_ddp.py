@@ -65,6 +65,13 @@ def work(rank, path):
             both = [torch.empty_like(p), torch.empty_like(p)]
             dist.all_gather(both, p.detach())
             assert torch.equal(*both), f"{name}: replicas differ"
+    own = nn.Sequential(*(nn.Linear(4, 4) for _ in range(1 + rank)))  # stages of a pipeline: other layers on each rank
+    gb.quantize_(own, gb.recipe("unified_int8", keep_float=()))
+    opt = torch.optim.SGD(own.parameters(), lr=0.05)
+    gb.optim.attach_companion_(opt, own, average=False)
+    for _ in range(1 + rank):  # averaging would wait here for a rank that takes fewer steps
+        own(torch.randn(5, 4)).square().sum().backward()
+        opt.step()
     dist.barrier()
     open(f"{path}.{rank}", "w").close()
     os._exit(0)  # the ordinary end of a gloo group can wait for its own thread forever

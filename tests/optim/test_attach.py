@@ -60,3 +60,5 @@ def test_wrong_types_are_refused() -> None:
         gb.optim.attach_companion_(scheduler, net)  # type: ignore[arg-type]
     with pytest.raises(DtypeError, match="model: must be"):
         gb.optim.attach_companion_(optimizer, None)  # type: ignore[arg-type]
+    with pytest.raises(DtypeError, match="average="):
+        gb.optim.attach_companion_(optimizer, net, average="no")  # type: ignore[arg-type]
