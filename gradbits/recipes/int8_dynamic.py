@@ -28,8 +28,9 @@ def int8_dynamic(
     Args:
         bits: bits of weights and activations, and of gradients unless given.
         gradient_bits: bits of gradients.
-        rows: ``"tensor"``, or ``"row"`` for one scale per token or sample in ``output`` and ``grad_input``
-            (``grad_weight`` keeps one scale per tensor: it sums over the rows).
+        rows: ``"tensor"``, or ``"row"`` for one scale per token or sample in ``output`` and ``grad_input``.
+            ``grad_weight`` sums over the rows and keeps one scale per tensor, so it rounds the input once more: it is
+            then an unbiased estimate with that rounding of the input, not with the forward's.
         share_gradient: whether both backward products use one draw of gradient codes (with equal grains).
         matmul: whether attention products are quantized too.
 
