@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 
 from gradbits.core.checks import check_choice, check_module
@@ -15,7 +16,7 @@ from gradbits.kernels.dispatch import COMPUTE
 from gradbits.nn.function import ON_NONFINITE
 from gradbits.nn.layers import QUANTIZED_CLASSES, Assignment, Quantized, init_states, spatial_example
 from gradbits.nn.matmul import Matmul
-from gradbits.nn.report import Report, named_layers, report, why_not_supported
+from gradbits.nn.report import Report, device_of, named_layers, report, why_not_supported
 from gradbits.recipes import Recipe, recipe
 
 MULTIPLY_THEMSELVES = (*QUANTIZED_CLASSES, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
@@ -89,7 +90,7 @@ def quantize_(
             _to_float(module)
             module._gradbits_reason = reason  # type: ignore[assignment]
         else:
-            _assign(module, name, chosen, compute, on_nonfinite)
+            _assign(module, name, chosen, compute, on_nonfinite, device_of(module, model))
     _set_fast_paths(model)
     return report(model)
 
@@ -194,7 +195,9 @@ def _layer_reason(module: nn.Module, wanted: Recipe) -> str | None:
     return kind.products(module, spatial_example(module)).why_not(wanted)
 
 
-def _assign(module: Any, name: str, chosen: Recipe, compute: str, on_nonfinite: str) -> None:
+def _assign(
+    module: Any, name: str, chosen: Recipe, compute: str, on_nonfinite: str, device: torch.device
+) -> None:
     if isinstance(module, Quantized) and module.assignment.recipe == chosen:
         module.assignment.compute, module.assignment.on_nonfinite = compute, on_nonfinite
         module.assignment.name = name
@@ -206,8 +209,7 @@ def _assign(module: Any, name: str, chosen: Recipe, compute: str, on_nonfinite: 
     states, slots = init_states(module, chosen)
     module.assignment.slots = slots
     if states is not None:
-        parameter = next(module.parameters(recurse=False), None)
-        module.quantizers = states if parameter is None else states.to(parameter.device)
+        module.quantizers = states.to(device)
 
 
 def _to_float(module: Any) -> None:

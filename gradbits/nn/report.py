@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from gradbits.core.checks import check_module
@@ -68,10 +69,19 @@ class Report:
         return "\n".join([*lines, f"{done} of {len(self.rows)} layers quantized"])
 
 
-def _backend(layer: Any) -> str:
+def device_of(layer: nn.Module, model: nn.Module) -> torch.device:
+    """Return where a layer computes: where its parameters are, or, as it has none, the first ones of its model.
+
+    >>> device_of(Matmul(), nn.Sequential(Matmul(), nn.Linear(2, 2, device="meta")))
+    device(type='meta')
+    """
+    own, all_of_them = next(layer.parameters(), None), next(model.parameters(), None)
+    parameter = own if own is not None else all_of_them
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def _backend(layer: Any, device: str) -> str:
     compute = layer.assignment.compute
-    parameter = next(layer.parameters(), None)
-    device = "cpu" if parameter is None else parameter.device.type
     spatial = len(getattr(layer, "kernel_size", ()))
     groups = int(getattr(layer, "groups", 1))
     swap = {"output": "grad_input", "grad_input": "output", "grad_weight": "grad_weight"}
@@ -120,8 +130,8 @@ def report(model: nn.Module) -> Report:
         if isinstance(module, Quantized):
             recipe = module.assignment.recipe
             output, grad_input, grad_weight = (_bits(recipe, p) for p in PRODUCTS)
-            kind = module.float_class.__name__
-            rows.append(Row(name, kind, recipe.name, output, grad_input, grad_weight, _backend(module), ""))
+            kind, backend = module.float_class.__name__, _backend(module, device_of(module, model).type)
+            rows.append(Row(name, kind, recipe.name, output, grad_input, grad_weight, backend, ""))
         else:
             given = getattr(module, "_gradbits_reason", None)
             reason = str(given or why_not_supported(module) or "quantize_ was not asked to")

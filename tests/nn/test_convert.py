@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 import gradbits as gb
 from gradbits.core.errors import ArgumentError, DtypeError, FallbackError, GradbitsError, NothingToQuantizeError
 from gradbits.nn.layers import QuantizedLinear
+from gradbits.quantizers.ranges import EMA
 
 
 class Block(nn.Module):
@@ -267,3 +268,12 @@ def test_a_pattern_that_decides_nothing_is_named() -> None:
 def test_something_else_than_a_module_is_refused(call: Any) -> None:
     with pytest.raises(DtypeError, match="model: must be a"):
         call(None)
+
+
+def test_states_are_made_where_the_layers_compute():
+    net = nn.Sequential(nn.Linear(4, 4, device="meta"), gb.nn.Matmul())
+    recipe = gb.recipe("int8_dynamic").with_overrides({"output.input.range": EMA()})
+    gb.quantize_(net, recipe)
+    states = dict(net.named_buffers())
+    assert {name.split(".")[0] for name in states} == {"0", "1"}  # the product has no parameters of its own
+    assert {t.device.type for t in states.values()} == {"meta"}
