@@ -56,17 +56,26 @@ def _show(name: str) -> None:
     parts.add_column("quantizer", overflow="fold")
     for product, role, q in built.operands():
         parts.add_row(f"{product}.{role}", _describe(q))
+    for product in ("grad_input", "grad_weight"):
+        if (sampling := getattr(getattr(built, product), "sampling", None)) is not None:
+            parts.add_row(f"{product}.sampling", str(sampling))
     console.print(parts)
-    options = Table(title="Options", caption=f'gradbits.recipe("{name}", option=value), or --set on the command line')
+    options = Table(title="Options")
     options.add_column("option")
     options.add_column("default")
     for option, default in info.options.items():
         options.add_row(option, repr(default))
     console.print(options)
+    text = f'gradbits.recipe("{name}", option=value); on the command line --set option=value, or {name}:option=value'
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _describe(q: Quantizer) -> str:
     """Return a quantizer in words."""
     axis = getattr(q.grain, "axis", None)
     grain = type(q.grain).__name__ + ("" if axis is None else f"(axis={axis})")
-    return f"{q.bits} bits, {type(q.grid).__name__}, {grain}, {q.range}, {q.rounding}"
+    digits = f"{q.grid.digits} × " if q.grid.digits > 1 else ""
+    parts = [f"{digits}{q.bits} bits", type(q.grid).__name__, grain, str(q.range), q.rounding]
+    if q.rotation is not None:
+        parts.append(f"rotated by {q.rotation}")
+    return ", ".join(parts)

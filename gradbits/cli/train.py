@@ -30,7 +30,8 @@ def train(
         str | None, typer.Option(help="A recipe, fp32, bf16 or none. Default: unified_int8; int8_dynamic for text.")
     ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override in the recipe, as gradient.bits=5; repeatable.")
+        list[str] | None,
+        typer.Option("--set", help="Option or field of the recipe, as sampling=false or gradient.bits=5; repeatable."),
     ] = None,
     compare: Annotated[
         str | None, typer.Option(help="Train several on the same batches: fp32,bf16,unified_int8:gradient.bits=5.")

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from gradbits.core.checks import check_instance
 from gradbits.core.grain import PerRow
 from gradbits.core.qtensor import Rotation
 from gradbits.quantizers.ranges import State, min_max
@@ -211,6 +212,9 @@ class Householder(RotationRule):
     orthogonal: ClassVar[bool] = False
 
     fallback: bool = True
+
+    def __post_init__(self) -> None:
+        check_instance(self.fallback, "Householder.fallback", bool)
 
     def apply(self, x: torch.Tensor, axis: int, bits: int, state: State) -> tuple[torch.Tensor, Rotation | None]:
         if axis != 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gradbits.core.checks import check_choice
+from gradbits.core.checks import check_choice, check_instance
 from gradbits.core.grain import PerChannel, PerTensor
 from gradbits.quantizers.grids import Symmetric
 from gradbits.quantizers.magnitude_clip import MagnitudeClip
@@ -68,6 +68,7 @@ def adaptive_int8(
     (PerChannel(axis=1), PerTensor())
     """
     check_choice(grad_input_range, "grad_input_range", ("max", "clip"))
+    check_instance(vectorized, "vectorized", bool)
     grid = Symmetric(bits=bits)
     plain = Quantizer(grid=grid)
     clip: RangeRule = MagnitudeClip(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gradbits.core.checks import check_choice
+from gradbits.core.checks import check_choice, check_instance
 from gradbits.quantizers.bit_split import BitSplit
 from gradbits.quantizers.estimators import STE
 from gradbits.quantizers.grids import TwosComplement
@@ -70,6 +70,8 @@ def int4_transformer(
     14
     """
     check_choice(attention, "attention", ("float", "int8_dynamic"))
+    check_instance(learned_steps, "learned_steps", bool)
+    check_instance(sampling, "sampling", bool)
     steps: RangeRule = LearnedStep() if learned_steps else MeanStep()
     operand = Quantizer(
         grid=TwosComplement(bits=4),

@@ -167,7 +167,7 @@ so its scale cannot leave the integer product; legal are PerTensor() and PerChan
             raise DtypeError(f"overrides={overrides!r}: must map paths such as 'gradient.bits' to values")
         result: Recipe = self
         for path, value in overrides.items():
-            result = _override(result, path, _parse(value))
+            result = _override(result, path, parse_value(value))
         return result
 
 
@@ -214,7 +214,12 @@ def _check_rotations(recipe: Recipe) -> None:
             )
 
 
-def _parse(value: Any) -> Any:
+def parse_value(value: Any) -> Any:
+    """Return what a string stands for where it is JSON, lists as tuples; anything else as it is.
+
+    >>> parse_value("[1, 2]"), parse_value("max"), parse_value(3)
+    ((1, 2), 'max', 3)
+    """
     if not isinstance(value, str):
         return value
     try:

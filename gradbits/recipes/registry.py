@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
 from gradbits.core.errors import ArgumentError
-from gradbits.recipes.recipe import Recipe
+from gradbits.recipes.recipe import Recipe, parse_value
 
 Factory = Callable[..., Recipe]
 
@@ -70,6 +70,30 @@ def recipes() -> dict[str, RecipeInfo]:
             if isinstance(info, RecipeInfo):
                 found[info.name] = info
     return dict(sorted(found.items()))
+
+
+def configured(name: str, settings: Mapping[str, Any]) -> Recipe:
+    """Return a published recipe with options and fields set by name, as on the command line.
+
+    A name that is an option of the recipe goes to ``recipe``, any other to ``Recipe.with_overrides``, in that order. A
+    string is read as JSON where it is JSON.
+
+    Args:
+        name: one of ``recipes()``.
+        settings: values by option, as ``sampling``, or path, as ``gradient.bits``.
+
+    Raises:
+        ArgumentError: no recipe of that name, or a setting that is neither an option nor a field.
+
+    >>> configured("int4_transformer", {"sampling": "false", "keep_float": '["last_linear"]'}).grad_weight.sampling
+    """
+    options = recipes()[name].options if name in recipes() else {}
+    chosen = {key: parse_value(value) for key, value in settings.items() if key in options}
+    made = recipe(name, **chosen)
+    try:
+        return made.with_overrides({key: value for key, value in settings.items() if key not in options})
+    except ArgumentError as error:
+        raise ArgumentError(f"{error}; options of recipe {name!r} are {', '.join(options)}") from None
 
 
 def recipe(name: str, **options: Any) -> Recipe:

@@ -185,5 +185,5 @@ def statquant_bhq(
         grad_weight_bits=grad_weight_bits,
         grad_weight_grain=grad_weight_grain,
         zero="none",
-        matmul=attention if matmul else False,
+        matmul=attention if matmul is True else matmul,
     )

@@ -136,8 +136,9 @@ def build_network(entry: Entry, options: TrainOptions, task: Task, seed: int, to
     torch.manual_seed(seed)  # so that models that draw more or fewer initial weights train with the same noise
     if not entry.is_float:
         import gradbits
+        from gradbits.recipes.registry import configured
 
-        recipe = gradbits.recipe(entry.recipe).with_overrides(dict(entry.overrides))
+        recipe = configured(entry.recipe, dict(entry.overrides))
         gradbits.quantize_(model, recipe, compute=options.compute or "auto")
     optimizer = _optimizer(model, options)
     companions: list[Companion] = []

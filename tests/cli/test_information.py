@@ -34,6 +34,13 @@ def test_recipes_lists_all_and_shows_one() -> None:
         assert text in shown.stdout
 
 
+def test_everything_that_makes_a_recipe_is_shown() -> None:
+    shown = command("recipes", "int4_transformer").stdout
+    for text in ("2 × 4 bits", "Hadamard(size=0", "grad_weight.sampling", "Leverage(keep=0.5", "learned_steps"):
+        assert text in shown
+    assert "int4_transformer:option=value" in shown
+
+
 def test_an_unknown_recipe_is_one_line() -> None:
     done = command("recipes", "unified_int9")
     assert done.returncode == 2

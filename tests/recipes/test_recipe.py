@@ -13,6 +13,7 @@ from gradbits.core.grain import PerRow
 from gradbits.quantizers.grids import Affine
 from gradbits.quantizers.quantizer import Quantizer
 from gradbits.recipes.recipe import GradInput, Output, Recipe
+from gradbits.recipes.registry import configured
 
 
 @pytest.fixture
@@ -171,3 +172,37 @@ def test_recipes_are_frozen_and_hashable(recipe):
 def test_the_registry_holds_no_name_twice():
     names = [info.factory.__module__ + "." + name for name, info in gb.recipes().items()]
     assert len(names) == len(set(names)) >= 2
+
+
+def test_settings_by_name_are_options_first():
+    """As on the command line: texts, read as JSON where they are JSON."""
+    made = configured("int4_transformer", {"sampling": "false", "attention": "int8_dynamic", "weight.grid.bits": "3"})
+    assert made.grad_input.sampling is None
+    assert made.matmul == gb.recipe("int8_dynamic")
+    assert made.output.weight.bits == 3
+    assert configured("statquant_bhq", {"matmul": "true"}).matmul.name == "statquant_psq"
+    assert configured("statquant_psq", {"keep_float": '["last_linear"]'}).keep_float == ("last_linear",)
+    assert configured("unified_int8", {}) == gb.recipe("unified_int8")
+    # options shape the recipe before fields are replaced, whatever the order
+    settings = {"grad_input.gradient.bits": "6", "gradient_bits": "4"}
+    assert configured("statquant_psq", settings).grad_input.gradient.bits == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("int9", {}, "no such recipe"),
+        ("int4_transformer", {"foo": "1"}, "foo=1.*options of recipe 'int4_transformer' are hadamard"),
+        ("int4_transformer", {"gradient.foo": "1"}, r"gradient\.foo"),
+        ("int4_transformer", {"hadamard": "3"}, "power of two"),
+        ("int4_transformer", {"sampling": "maybe"}, "sampling='maybe'"),
+        ("int4_transformer", {"learned_steps": "1"}, "learned_steps=1"),
+        ("adaptive_int8", {"vectorized": "no"}, "vectorized='no'"),
+        ("statquant_bhq", {"fallback": "no"}, "fallback='no'"),
+        ("statquant_bhq", {"matmul": "no"}, "matmul='no'"),
+        ("statquant_ptq", {"matmul": "no"}, "matmul='no'"),
+    ],
+)
+def test_settings_that_are_not_legal(name, settings, message):
+    with pytest.raises(GradbitsError, match=message):
+        configured(name, settings)
