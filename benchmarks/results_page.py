@@ -1,7 +1,9 @@
-"""Put the tables of the training benchmarks into the documents, from the records in ``benchmarks/logs``.
+"""Put the tables of the benchmarks into the documents, from ``benchmarks/logs``.
 
-A document holds ``<!-- results:NAME -->`` ... ``<!-- end -->``; what is between is replaced by the table of
-``benchmarks/logs/NAME.json``:
+A document holds ``<!-- results:NAME -->`` ... ``<!-- end -->``; what is between is replaced by the table of the records
+in ``benchmarks/logs/NAME.json``. Between ``<!-- log:NAME -->`` and the end go the lines of
+``benchmarks/logs/NAME.txt``, with ``<!-- log:NAME A-B -->`` those numbered A to B. Where there is no such log yet, the
+document stays as it is:
 
     python benchmarks/results_page.py
 """
@@ -15,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "README.zh-CN.md", "docs/results.md")
+LOGS = ROOT / "benchmarks" / "logs"
+DOCUMENTS = ("README.md", "README.zh-CN.md", "docs/results.md", "docs/recipes.md")
 HEADS = {
     "en": ("network", "test accuracy", "bits per byte", "vs fp32", "step", "saved for backward", "gradient bits"),
     "zh": ("网络", "测试准确率", "每字节比特数", "与 fp32 之差", "单步时间", "为反向传播保存", "梯度位数"),
@@ -50,19 +53,35 @@ def table(records: list[dict[str, Any]], language: str) -> str:
     return "\n".join(lines)
 
 
+def lines(text: str, part: str | None) -> str:
+    """Return a log as a block of text: all of it, or the lines A to B of ``"A-B"``."""
+    chosen = text.rstrip().splitlines()
+    if part:
+        first, last = (int(number) for number in part.split("-"))
+        chosen = chosen[first - 1 : last]
+    return "\n".join(["```", *chosen, "```"])
+
+
+def filled(text: str, language: str, logs: Path = LOGS) -> str:
+    """Return a document with every table and log that there is."""
+
+    def fill(match: re.Match[str]) -> str:
+        kind, name, part, old = match.groups()
+        path = logs / (f"{name}.json" if kind == "results" else f"{name}.txt")
+        body = old.strip()
+        if path.exists():
+            body = table(json.loads(path.read_text()), language) if kind == "results" else lines(path.read_text(), part)
+        return f"<!-- {kind}:{name}{' ' + part if part else ''} -->\n{body}\n<!-- end -->"
+
+    return re.sub(r"<!-- (results|log):([\w.-]+)(?: (\d+-\d+))? -->(.*?)<!-- end -->", fill, text, flags=re.S)
+
+
 def main() -> None:
     """Fill every document."""
     for name in DOCUMENTS:
         path = ROOT / name
-        language = "zh" if "zh" in name else "en"
-
-        def fill(match: re.Match[str], language: str = language) -> str:
-            log = ROOT / "benchmarks" / "logs" / f"{match[1]}.json"
-            body = table(json.loads(log.read_text()), language) if log.exists() else match[2].strip()
-            return f"<!-- results:{match[1]} -->\n{body}\n<!-- end -->"
-
-        text = re.sub(r"<!-- results:(\w+) -->(.*?)<!-- end -->", fill, path.read_text(), flags=re.S)
-        path.write_text(text)
+        if path.exists():
+            path.write_text(filled(path.read_text(), "zh" if "zh" in name else "en"))
 
 
 if __name__ == "__main__":
