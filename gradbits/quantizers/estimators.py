@@ -47,6 +47,33 @@ class STE(Spec):
         """Return the gradient of ``x`` and of the state's learned entries, for the gradient of the quantized values."""
         raise NotImplementedError
 
+    def twice(
+        self,
+        x: torch.Tensor,
+        values: torch.Tensor,
+        ends: tuple[torch.Tensor, torch.Tensor],
+        grid: Grid,
+        state: dict[str, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the discretized tensor and the quantized values by operations that autograd differentiates twice.
+
+        Args:
+            x: values before the grid.
+            values: after it.
+            ends: of the range, broadcastable to ``x``.
+            grid: the grid.
+            state: of the range.
+        """
+        mask = self.mask(x.detach(), *ends)
+        passed = x if mask is None else x * mask
+        out = in_graph(passed + (values.to(x.dtype) - passed).detach())
+        return out, out
+
+
+def in_graph(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` as a node of a graph, a new leaf where nothing before it needs a gradient."""
+    return x if x.requires_grad else x.detach().requires_grad_()
+
 
 class StraightThrough(torch.autograd.Function):
     """Replaces values by given ones; the gradient passes where ``mask`` is true, or everywhere if it is None."""
