@@ -2,7 +2,7 @@
 
 from gradbits import nn, observe, optim, quantizers
 from gradbits.core.qtensor import QTensor
-from gradbits.nn import Report, dequantize_, pack_activations, quantize_, report
+from gradbits.nn import Report, convert_, dequantize_, pack_activations, quantize_, report
 from gradbits.recipes import Recipe, recipe, recipes
 
 __version__ = "0.1.0"
@@ -10,6 +10,7 @@ __all__ = [
     "QTensor",
     "Recipe",
     "Report",
+    "convert_",
     "dequantize_",
     "nn",
     "observe",

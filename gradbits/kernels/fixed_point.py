@@ -71,7 +71,8 @@ def rounding_shift(value: torch.Tensor, bits: torch.Tensor | int) -> torch.Tenso
     """
     shift = torch.as_tensor(bits, dtype=torch.int64, device=value.device)
     half = torch.bitwise_left_shift(torch.ones_like(shift), shift) >> 1
-    return torch.bitwise_right_shift(value + half - ((value < 0) & (shift > 0)).to(torch.int64), shift)
+    away = (value >> 63) & -(shift > 0).to(torch.int64)  # -1 below zero
+    return torch.bitwise_right_shift(away.add_(value).add_(half), shift)
 
 
 def high_multiply(value: torch.Tensor, m0: torch.Tensor) -> torch.Tensor:
@@ -98,8 +99,8 @@ def requantize(total: torch.Tensor, multiplier: Multiplier, rounding: str = "sin
     Args:
         total: int32 or int64 sums, within int32.
         multiplier: ``M``, broadcastable to ``total``.
-        rounding: ``"single"`` rounds the exact product once, halves away from zero; ``"double"`` rounds the high product
-            and then the shift, as gemmlowp and Jacob et al. do, which differs by one code in few cases.
+        rounding: ``"single"`` rounds the exact product once, halves away from zero; ``"double"`` rounds the high
+            product and then the shift, as gemmlowp and Jacob et al. do, which differs by one code in few cases.
 
     Raises:
         ArgumentError: an unknown rounding.

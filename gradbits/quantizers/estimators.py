@@ -89,4 +89,5 @@ class StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """Return the masked gradient."""
         (grad,) = grads
-        return (grad * ctx.saved_tensors[0] if ctx.saved_tensors else grad), None, None
+        saved = ctx.saved_tensors  # once: activation checkpointing unpacks a tensor no second time
+        return (grad * saved[0] if saved else grad), None, None
