@@ -26,6 +26,9 @@ def train(
     model_set: Annotated[
         list[str] | None, typer.Option(help="Argument of the model, as d_model=256; repeatable.")
     ] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="A model file to start from: safetensors, gbz or a checkpoint of train.")
+    ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="A recipe, fp32, bf16 or none. Default: unified_int8; int8_dynamic for text.")
     ] = None,
@@ -85,6 +88,7 @@ def train(
         limit=limit,
         model=model,
         model_set=tuple(model_set) if model_set else None,
+        init=None if init is None else str(init),
         networks=networks,
         overrides=tuple(set_) if set_ else None,
         seeds=numbers,

@@ -8,14 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from gradbits.core.errors import ArgumentError, CorruptDataError, GradbitsError
 from gradbits.train.datasets import load_data
 from gradbits.train.entry import parse_entry
 from gradbits.train.evaluate import evaluate
-from gradbits.train.model_file import load_model, state_names
+from gradbits.train.model_file import load_model, load_tensors
 from gradbits.train.models import MODELS
 from gradbits.train.network import Network, build_network
 from gradbits.train.options import TrainOptions
@@ -101,7 +98,7 @@ def evaluate_file(
         network = build_network(entry, options, task, seed, 1)
     except (RuntimeError, MemoryError, OverflowError) as error:  # a size that the machine cannot hold
         raise ArgumentError(f"model={chosen!r}: cannot be built: {_first_line(error)}") from error
-    _load(network.model, tensors, f"{path}: does not fit model {chosen!r}{_shown(options.model_set)}")
+    load_tensors(network.model, tensors, f"{path}: does not fit model {chosen!r}{_shown(options.model_set)}")
     return Evaluation(
         metric=task.metric,
         value=_evaluate(network, task, seed, chosen),
@@ -153,24 +150,6 @@ def _number(path: Path, metadata: Mapping[str, str], key: str) -> int | None:
     if not re.fullmatch(r"[0-9]{1,19}", text) or int(text) >= 2**63:
         raise CorruptDataError(f"{path}: metadata {key}={text!r}: must be an integer of at least 0")
     return int(text)
-
-
-def _load(model: nn.Module, tensors: Mapping[str, torch.Tensor], misfit: str) -> None:
-    """Copy the tensors into the model; quantizer states may be missing, or be there for nothing."""
-    own = model.state_dict()
-    missing = sorted(set(own) - set(tensors) - state_names(model))
-    extra = sorted(name for name in set(tensors) - set(own) if not re.search(r"(^|\.)quantizers\.", name))
-    if missing or extra:
-        what = f"it has no {missing[0]!r}" if missing else f"the model has no {extra[0]!r}"
-        raise ArgumentError(f"{misfit}: {what}")
-    for name, tensor in tensors.items():
-        if name not in own:
-            continue
-        if tensor.shape != own[name].shape:
-            raise ArgumentError(f"{misfit}: {name!r} is {list(tensor.shape)}, not {list(own[name].shape)}")
-        if tensor.is_floating_point() != own[name].is_floating_point():
-            raise ArgumentError(f"{misfit}: {name!r} is {tensor.dtype}, not {own[name].dtype}")
-    model.load_state_dict({name: tensor for name, tensor in tensors.items() if name in own})
 
 
 def _shown(model_set: Sequence[str] | None) -> str:

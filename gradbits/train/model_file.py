@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from gradbits.core.errors import CorruptDataError
+from gradbits.core.errors import ArgumentError, CorruptDataError
 from gradbits.core.files import write_atomically
 from gradbits.nn.layers import QuantizerStates
 from gradbits.storage.sources import open_source
@@ -91,6 +92,40 @@ def load_model(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
         if not isinstance(name, str) or not isinstance(value, str):
             raise CorruptDataError(f"{path}: metadata {name!r} is not a text")
     return tensors, metadata
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor], misfit: str) -> None:
+    """Copy tensors into a model; quantizer states may be missing, or be there for nothing.
+
+    Raises:
+        ArgumentError: tensors that the model lacks, or that have another shape or kind; begins with ``misfit``.
+    """
+    own = model.state_dict()
+    missing = sorted(set(own) - set(tensors) - state_names(model))
+    extra = sorted(name for name in set(tensors) - set(own) if not re.search(r"(^|\.)quantizers\.", name))
+    if missing or extra:
+        what = f"it has no {missing[0]!r}" if missing else f"the model has no {extra[0]!r}"
+        raise ArgumentError(f"{misfit}: {what}")
+    for name, tensor in tensors.items():
+        if name not in own:
+            continue
+        if tensor.shape != own[name].shape:
+            raise ArgumentError(f"{misfit}: {name!r} is {list(tensor.shape)}, not {list(own[name].shape)}")
+        if tensor.is_floating_point() != own[name].is_floating_point():
+            raise ArgumentError(f"{misfit}: {name!r} is {tensor.dtype}, not {own[name].dtype}")
+    model.load_state_dict({name: tensor for name, tensor in tensors.items() if name in own})
+
+
+def load_initial(model: nn.Module, path: Path) -> None:
+    """Copy the weights of a model file into a float model that is to be trained on.
+
+    Raises:
+        MissingDataError: the file cannot be read.
+        CorruptDataError: it is damaged.
+        ArgumentError: it does not fit the model.
+    """
+    tensors, _ = load_model(path)
+    load_tensors(model, tensors, f"init={str(path)!r}: does not fit the model")
 
 
 def _is_checkpoint(path: Path) -> bool:

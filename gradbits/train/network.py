@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +17,13 @@ from torch.nn import functional as F
 
 from gradbits.core.errors import CorruptDataError
 from gradbits.nn import pack_activations
+from gradbits.optim.delta_schedule import DeltaSchedule
+from gradbits.optim.hessian import scaled_layers
+from gradbits.recipes.learning import HessianScaling
 from gradbits.train.companion import Companion
 from gradbits.train.compressing import compression_companions
 from gradbits.train.entry import Entry
+from gradbits.train.model_file import load_initial
 from gradbits.train.models import build_model
 from gradbits.train.options import TrainOptions
 from gradbits.train.tasks import Batch, Task
@@ -134,6 +141,8 @@ def build_network(entry: Entry, options: TrainOptions, task: Task, seed: int, to
     torch.manual_seed(seed)
     model = build_model(options.model or "", task.model_arguments(), options.model_options()).to(device)
     torch.manual_seed(seed)  # so that models that draw more or fewer initial weights train with the same noise
+    if options.init is not None:
+        load_initial(model, Path(options.init))
     if not entry.is_float:
         import gradbits
 
@@ -152,7 +161,7 @@ def build_network(entry: Entry, options: TrainOptions, task: Task, seed: int, to
     cosine = options.schedule == "cosine"
     schedule = partial(_cosine, total=total_steps) if cosine else _constant
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    return Network(
+    network = Network(
         entry=entry,
         model=model,
         optimizer=optimizer,
@@ -161,6 +170,28 @@ def build_network(entry: Entry, options: TrainOptions, task: Task, seed: int, to
         companions=companions,
         pack_bits=options.pack_activations,
     )
+    if layers := scaled_layers(model):
+        losses = partial(_losses, network, layers[0].assignment.recipe.hessian, task, seed)
+        measured = DeltaSchedule(model, losses, steps_per_epoch=task.steps_per_epoch, total=total_steps, seed=seed)
+        network.companions.append(measured)
+    return network
+
+
+def _losses(
+    network: Network, rule: HessianScaling | None, task: Task, seed: int, step: int
+) -> Iterator[Callable[[], torch.Tensor]]:
+    """Yield functions that return the loss of the training batches to come, each of its first samples."""
+    samples = 0 if rule is None else rule.samples
+    for index in itertools.count(step):
+        batch = task.batch(seed, index)
+        if samples and samples < len(batch.inputs):
+            targets = len(batch.targets) // len(batch.inputs) * samples  # a text has many for each sample
+            batch = Batch(batch.inputs[:samples], batch.targets[:targets])
+        yield partial(_loss, network, batch.to(network.device))
+
+
+def _loss(network: Network, batch: Batch) -> torch.Tensor:
+    return network.forward(batch)[0]
 
 
 def _optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:

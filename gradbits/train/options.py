@@ -19,12 +19,14 @@ from gradbits.train.models import IMAGE_MODELS, TEXT_MODELS
 from gradbits.train.sharing import SHARE_BITS
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
+PATHS = ("data_dir", "text", "init")
 SCHEDULES = ("cosine", "constant")
 COMPUTE = ("auto", "integer", "simulate")
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "mlp": {"optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4},
     "small_cnn": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4},
     "resnet20": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4},
+    "mobilenet": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-5},
     "gpt": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01},
 }
 OTHER_MODEL: dict[str, Any] = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01}
@@ -46,6 +48,7 @@ class TrainOptions:
     Args:
         data: a name from ``DATA_SETS``; ``data_dir`` and ``text`` say where it is, ``limit`` keeps the first samples.
         model: a built-in name or ``package.module:factory``; ``model_set`` holds ``name=value`` texts for it.
+        init: a model file that every network starts from, in place of the seed's weights.
         networks: entries to train, each ``name`` or ``name:path=value``; ``overrides`` go to all quantized ones.
         seeds: one training per entry and seed.
         epochs, steps: length of a training; one of them.
@@ -66,6 +69,7 @@ class TrainOptions:
     limit: int | None = None
     model: str | None = None
     model_set: tuple[str, ...] | None = None
+    init: str | None = None
     networks: tuple[str, ...] | None = None
     overrides: tuple[str, ...] | None = None
     seeds: tuple[int, ...] | None = None
@@ -122,7 +126,7 @@ class TrainOptions:
         }
         given = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
         settled = {**defaults, **given, "data": data, "model": model, "epochs": epochs, "steps": steps}
-        for key in ("data_dir", "text"):  # a resumed run may be started from another folder
+        for key in PATHS:  # a resumed run may be started from another folder
             if key in settled:
                 settled[key] = str(Path(settled[key]).resolve())
         options = TrainOptions(**settled)
@@ -206,7 +210,7 @@ class TrainOptions:
         for key, value in self.to_dict().items():
             if value is None:
                 continue
-            if key in ("data_dir", "text"):
+            if key in PATHS:
                 value = str(Path(value).resolve())
             before = settings[key]
             if key == "networks":

@@ -62,6 +62,7 @@ def make_record(
         "weight_decay": options.weight_decay,
         "schedule": options.schedule,
         "limit": options.limit,
+        "init": options.init,
         "train_loss": at.final_loss / at.final_steps,
         task.metric: at.metric,
         "step_ms_median": cost.step_ms,
