@@ -105,6 +105,7 @@ class IntegerLayer(nn.Module):
 
     Args:
         weight: int8 codes [Co, ...].
+        steps: float64 [Co], what one step of a weight is worth; inference does not use it, other formats ask for it.
         bias: int32 [Co] at the scale of the sums.
         shape: what kind of layer it is.
         zero: ``Z_x``.
@@ -116,6 +117,7 @@ class IntegerLayer(nn.Module):
     """
 
     weight: torch.Tensor
+    steps: torch.Tensor
     bias: torch.Tensor
     offset: torch.Tensor
     m0: torch.Tensor
@@ -126,6 +128,7 @@ class IntegerLayer(nn.Module):
     def __init__(
         self,
         weight: torch.Tensor,
+        steps: torch.Tensor,
         bias: torch.Tensor,
         shape: Shape,
         zero: int,
@@ -139,6 +142,7 @@ class IntegerLayer(nn.Module):
         self.shape, self.zero, self.codes = shape, zero, codes
         self.rounding, self.compute = rounding, compute
         self.register_buffer("weight", weight)
+        self.register_buffer("steps", steps)
         self.register_buffer("bias", bias)
         # the codes' zero point leaves the sum: what it adds is the same for every position
         self.register_buffer("offset", bias - zero * weight.flatten(1).sum(1, dtype=torch.int32))

@@ -150,6 +150,7 @@ class _Builder:
         limits = tuple(_limit(value, sums) for value in step.bounds) if last else (None, None)
         operation = IntegerLayer(
             codes,
+            steps,
             whole,
             _shape(layer),
             source.zero,
