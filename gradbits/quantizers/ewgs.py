@@ -66,7 +66,8 @@ class _Discretize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return scale_gradient(grads[0], *ctx.saved_tensors, ctx.delta), None, None
+        x, out = ctx.saved_tensors
+        return scale_gradient(grads[0], x, out, ctx.delta), None, None
 
 
 @dataclass(frozen=True, kw_only=True)

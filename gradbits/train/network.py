@@ -26,6 +26,7 @@ from gradbits.train.entry import Entry
 from gradbits.train.model_file import load_initial
 from gradbits.train.models import build_model
 from gradbits.train.options import TrainOptions
+from gradbits.train.penalty import GradientPenalty, make_penalty
 from gradbits.train.tasks import Batch, Task
 
 WARMUP = 0.05  # share of the steps over which a cosine schedule rises
@@ -41,6 +42,7 @@ class Network:
         companions: act after each step, in this order.
         device: where the batches go.
         pack_bits: bits of what autograd keeps; None packs nothing.
+        penalty: a term of the loss of a training step, or None.
     """
 
     entry: Entry
@@ -50,6 +52,7 @@ class Network:
     device: torch.device
     companions: list[Companion] = field(default_factory=list)
     pack_bits: int | None = None
+    penalty: GradientPenalty | None = None
 
     def packing(self) -> pack_activations | contextlib.nullcontext[None]:
         """Return the context in which the forward pass of a training step runs."""
@@ -75,12 +78,17 @@ class Network:
             step: its number, from 1.
 
         Returns:
-            The mean loss in nats and the number of right answers.
+            The mean loss in nats, without a penalty, and the number of right answers.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        with self.packing():
-            loss, logits = self.forward(batch)
-        loss.backward()
+        if self.penalty is not None and self.penalty.is_on(step):
+            with self.penalty.recording(self.model, step) as recorded:
+                loss, logits = self.forward(batch)
+            (loss + self.penalty.term(loss, self.model, recorded, step)).backward()
+        else:
+            with self.packing():
+                loss, logits = self.forward(batch)
+            loss.backward()
         self.optimizer.step()
         self.scheduler.step()
         for companion in self.companions:
@@ -169,6 +177,7 @@ def build_network(entry: Entry, options: TrainOptions, task: Task, seed: int, to
         device=device,
         companions=companions,
         pack_bits=options.pack_activations,
+        penalty=make_penalty(options, task.steps_per_epoch, total_steps),
     )
     if layers := scaled_layers(model):
         losses = partial(_losses, network, layers[0].assignment.recipe.hessian, task, seed)

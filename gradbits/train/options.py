@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,10 @@ class TrainOptions:
         device, threads: where it is computed.
         compute: how products of quantized layers are computed.
         pack_activations: bits of what autograd keeps, for every network; None packs nothing.
+        gradient_l1: coefficient of the L1 norms of the loss's gradients by weights and, unless
+            ``gradient_l1_activations`` says another, by activations; None: no such term.
+        gradient_l1_start: part of the steps before the term begins.
+        eval_bits: numbers of bits to which the trained float networks are quantized for a further test.
         prune: sparsity that the weights of every network reach while they train; None prunes nothing.
         share: bits of the codebooks that the weights of every network end in; None shares nothing.
         save_every, log_every: steps between checkpoints (besides those at every test) and between lines of the log.
@@ -84,6 +89,10 @@ class TrainOptions:
     threads: int | None = None
     compute: str | None = None
     pack_activations: int | None = None
+    gradient_l1: float | None = None
+    gradient_l1_activations: float | None = None
+    gradient_l1_start: float | None = None
+    eval_bits: tuple[int, ...] | None = None
     prune: float | None = None
     share: int | None = None
     save_every: int | None = None
@@ -139,6 +148,12 @@ class TrainOptions:
                 check_integer(value, name, low)
         if self.pack_activations is not None:
             check_bits(self.pack_activations, "pack_activations")
+        self._check_gradient_l1()
+        if self.eval_bits is not None:
+            for bits in self.eval_bits:
+                check_bits(bits, "eval_bits")
+            if not self.eval_bits or len(set(self.eval_bits)) != len(self.eval_bits):
+                raise ArgumentError(f"eval_bits={self.eval_bits}: must be different numbers of bits, at least one")
         if self.prune is not None:
             check_number(self.prune, "prune", 0.0, 1.0, open_low=True, open_high=True)
         if self.share is not None:
@@ -167,6 +182,24 @@ class TrainOptions:
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise ArgumentError(f"device={self.device!r}: is not available here: {reason}") from error
+
+    def _check_gradient_l1(self) -> None:
+        limits = {"gradient_l1": math.inf, "gradient_l1_activations": math.inf, "gradient_l1_start": 1.0}
+        for name, high in limits.items():
+            if (value := getattr(self, name)) is not None:
+                check_number(value, name, 0.0, high, open_high=True)
+                if self.gradient_l1 is None:
+                    raise ArgumentError(f"{name}={value}: goes with gradient_l1, which is not given")
+        if self.gradient_l1 is None:
+            return
+        if quantized := [entry.label for entry in self.entries() if not entry.is_float]:
+            raise ArgumentError(
+                f"gradient_l1={self.gradient_l1}: needs second derivatives, which {quantized[0]} has not; train fp32"
+            )
+        if self.pack_activations is not None:
+            raise ArgumentError(
+                f"gradient_l1={self.gradient_l1}: cannot be combined with pack_activations={self.pack_activations}"
+            )
 
     def entries(self) -> list[Entry]:
         """Return the networks to train."""
