@@ -68,11 +68,62 @@ def evaluate_file(
         CorruptDataError: one of them is damaged.
         ArgumentError: an option that is not legal or not known, or a model that the file does not fit.
     """
+    opened = open_network(
+        path,
+        data=data,
+        data_dir=data_dir,
+        text=text,
+        limit=limit,
+        model=model,
+        model_set=model_set,
+        recipe=recipe or "fp32",
+        device=device,
+    )
+    network, task, options = opened.network, opened.task, opened.options
+    return Evaluation(
+        metric=task.metric,
+        value=_evaluate(network, task, opened.seed, options.model or ""),
+        samples=sum(len(batch.targets) for batch in task.test_batches()),
+        data=options.data or "",
+        model=options.model or "",
+        network=network.entry.label,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A model file as a network, with the task and the options that it was trained for."""
+
+    network: Network
+    task: Task
+    options: TrainOptions
+    seed: int
+    metadata: Mapping[str, str]
+
+
+def open_network(
+    path: str | Path,
+    *,
+    data: str | None = None,
+    data_dir: str | Path | None = None,
+    text: str | Path | None = None,
+    limit: int | None = None,
+    model: str | None = None,
+    model_set: Sequence[str] | None = None,
+    recipe: str | None = None,
+    device: str | None = None,
+) -> Opened:
+    """Return the network of a model file; arguments and errors are those of ``evaluate_file``.
+
+    Args:
+        recipe: as there; None takes the one that the file was trained with.
+    """
     path = Path(path)
     tensors, metadata = load_model(path)
     if text is not None and data is None:
         data = "text"
-    entry = parse_entry(recipe or "fp32")
+    recipe = recipe or _told(path, metadata, "recipe")
+    entry = parse_entry(recipe)
     chosen = _model(path, model, metadata)
     if model_set is None and model in (None, metadata.get("model")):
         model_set = _model_set(path, metadata)
@@ -83,7 +134,7 @@ def evaluate_file(
         limit=limit if limit is not None else _number(path, metadata, "limit"),
         model=chosen,
         model_set=tuple(model_set or ()),
-        networks=(recipe or "fp32",),
+        networks=(recipe,),
         device=device,
     ).resolved()
     loaded = load_data(
@@ -99,14 +150,7 @@ def evaluate_file(
     except (RuntimeError, MemoryError, OverflowError) as error:  # a size that the machine cannot hold
         raise ArgumentError(f"model={chosen!r}: cannot be built: {_first_line(error)}") from error
     load_tensors(network.model, tensors, f"{path}: does not fit model {chosen!r}{_shown(options.model_set)}")
-    return Evaluation(
-        metric=task.metric,
-        value=_evaluate(network, task, seed, chosen),
-        samples=sum(len(batch.targets) for batch in task.test_batches()),
-        data=options.data or "",
-        model=chosen,
-        network=entry.label,
-    )
+    return Opened(network=network, task=task, options=options, seed=seed, metadata=metadata)
 
 
 def _evaluate(network: Network, task: Task, seed: int, model: str) -> float:

@@ -12,7 +12,7 @@ from torch import nn
 
 from gradbits.core.errors import ArgumentError, CorruptDataError
 from gradbits.core.files import write_atomically
-from gradbits.nn.layers import QuantizerStates
+from gradbits.nn.layers import Quantized, QuantizerStates
 from gradbits.storage.sources import open_source
 from gradbits.train.checkpoint import FORMAT, load_checkpoint
 from gradbits.train.entry import Entry
@@ -45,8 +45,34 @@ def state_names(model: nn.Module) -> set[str]:
     return {name for name in model.state_dict() if name.startswith(prefixes)}
 
 
+def ranges_text(model: nn.Module) -> str | None:
+    """Return the ranges of a model in quantization-aware training as JSON, or None for any other model.
+
+    Integer inference needs them, so they travel in the metadata of a model file, where no float model stumbles on them.
+    """
+    if not any(isinstance(m, Quantized) and m.assignment.recipe.qat is not None for m in model.modules()):
+        return None
+    names, states = state_names(model), model.state_dict()
+    known = {name: states[name].flatten() for name in sorted(names) if bool(torch.isfinite(states[name]).all())}
+    return json.dumps({name: value.tolist() for name, value in known.items()})
+
+
+def _ranges(path: Path, text: str) -> dict[str, torch.Tensor]:
+    """Return the tensors that ``ranges_text`` described."""
+    try:
+        found = json.loads(text)
+        tensors = {}
+        for name, values in found.items():
+            whole = all(isinstance(v, int) and not isinstance(v, bool) for v in values)
+            tensor = torch.tensor(values, dtype=torch.int64 if whole else torch.float32)
+            tensors[str(name)] = tensor.reshape(()) if whole else tensor
+        return tensors
+    except (ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
+        raise CorruptDataError(f"{path}: metadata ranges={text[:40]!r}: must be JSON of names and numbers") from error
+
+
 def save_model(path: Path, model: nn.Module, metadata: Mapping[str, str]) -> None:
-    """Write the parameters and buffers of ``model`` as safetensors; quantizer states are left out.
+    """Write the parameters and buffers of ``model`` as safetensors; quantizer states are no tensors of it.
 
     So a float model of the same kind loads the file with ``load_state_dict(..., strict=True)``.
 
@@ -67,7 +93,8 @@ def save_model(path: Path, model: nn.Module, metadata: Mapping[str, str]) -> Non
         for name, tensor in model.state_dict().items()
         if name not in left_out
     }
-    data = save(tensors, dict(metadata))
+    ranges = ranges_text(model)
+    data = save(tensors, {**metadata, **({} if ranges is None else {"ranges": ranges})})
     write_atomically(path, lambda file: file.write(data))
 
 
@@ -91,6 +118,8 @@ def load_model(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
     for name, value in metadata.items():
         if not isinstance(name, str) or not isinstance(value, str):
             raise CorruptDataError(f"{path}: metadata {name!r} is not a text")
+    if "ranges" in metadata:
+        tensors.update(_ranges(path, metadata["ranges"]))
     return tensors, metadata
 
 

@@ -25,7 +25,7 @@ class InvertedResidual(nn.Module):
         super().__init__()
         inner = channels * expansion
         self.layers = nn.Sequential(
-            *(_conv(channels, inner, 1) + [nn.ReLU6()] if expansion > 1 else []),
+            *([*_conv(channels, inner, 1), nn.ReLU6()] if expansion > 1 else []),
             *_conv(inner, inner, 3, stride, groups=inner),
             nn.ReLU6(),
             *_conv(inner, out, 1),
