@@ -151,7 +151,7 @@ class Call:
         )
         if self.on_nonfinite == "raise" and not bool(torch.isfinite(codes.scale).all()):
             raise NonFiniteError(f"{role} of layer {self.name!r} holds NaN or Inf (on_nonfinite='raise')")
-        if role == "gradient" or not q.range.can_clip or q.estimator.learns:
+        if role == "gradient" or q.estimator.learns or not (q.range.can_clip or q.estimator.shapes):
             return codes, None
         turned = value if codes.rotation is None else codes.rotation.forward(value)
         return codes, q.estimator.mask(turned, low, high)
