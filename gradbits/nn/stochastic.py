@@ -145,11 +145,11 @@ class NoisyRectifier(nn.Module):
         check_float_tensor(a, "a")
         if not self.training:
             return torch.relu(a)
-        options = {"dtype": torch.float64 if a.dtype == torch.float64 else torch.float32, "device": a.device}
-        if self.noise == "gaussian":
-            z = torch.randn(a.shape, generator=self.generator, **options)
-        else:
-            z = torch.logit(torch.rand(a.shape, generator=self.generator, **options), eps=1e-7)
+        draw = torch.randn if self.noise == "gaussian" else torch.rand
+        dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+        z = draw(a.shape, generator=self.generator, dtype=dtype, device=a.device)
+        if self.noise == "logistic":
+            z = torch.logit(z, eps=1e-7)
         return torch.relu(a + (self.scale * z).to(a.dtype))
 
     def extra_repr(self) -> str:
