@@ -209,11 +209,13 @@ def _patch_sums(x: torch.Tensor, w: torch.Tensor, shape: Shape) -> torch.Tensor:
         x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
     g, co = shape.groups, w.shape[0] // shape.groups
     spatial = x.shape[1 : 1 + shape.spatial]
-    columns = []
-    for index, part in enumerate(x.chunk(g, dim=1 + shape.spatial) if g > 1 else (x,)):
-        rows = part.reshape(x.shape[0] * spatial.numel(), -1)
-        columns.append(torch._int_mm(rows, w[index * co : (index + 1) * co].flatten(1).t().contiguous()))
-    return torch.cat(columns, dim=1).reshape(x.shape[0], *spatial, w.shape[0])
+    taps = w[:1].numel()
+    if g == 1:
+        sums = torch._int_mm(x.reshape(x.shape[0] * spatial.numel(), taps), w.flatten(1).t().contiguous())
+    else:  # [rows, groups, 1, taps] times [groups, channels of each, taps]
+        rows = x.reshape(x.shape[0] * spatial.numel(), g, 1, taps).to(torch.int32)
+        sums = (rows * w.reshape(g, co, taps).to(torch.int32)).sum(-1, dtype=torch.int32)
+    return sums.reshape(x.shape[0], *spatial, w.shape[0])
 
 
 class IntegerSum(nn.Module):

@@ -67,6 +67,7 @@ def _layer_reason(layer: Any) -> str | None:
     return f"{terms} products in a sum could overflow int32" if terms > TERMS else None
 
 
+@torch.no_grad()
 def build(forward: GraphForward) -> IntegerModel:
     """Return the integer model of a model in quantization-aware training, with the ranges that it has now.
 

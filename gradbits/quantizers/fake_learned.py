@@ -88,10 +88,12 @@ def fake_quantize_learned(
     if axis is not None:
         axis = check_axis(axis, "axis", x.dim())
         shape[axis] = x.shape[axis]
+    count = torch.Size(shape).numel()
     for name, value in (("scale", scale), ("zero_point", zero_point)):
-        if value.numel() != torch.Size(shape).numel():
-            raise ArgumentError(f"{name}: has shape {tuple(value.shape)}; must have {torch.Size(shape).numel()} elements")
+        if value.numel() != count:
+            raise ArgumentError(f"{name}: has shape {tuple(value.shape)}; must have {count} elements")
     if not bool((scale > 0).all()):
         raise ArgumentError(f"scale={scale.tolist()!r}: must be positive")
-    out: torch.Tensor = LearnedAffine.apply(x, scale.reshape(shape), zero_point.reshape(shape), low, high, float(factor))
+    parameters = (scale.reshape(shape), zero_point.reshape(shape))
+    out: torch.Tensor = LearnedAffine.apply(x, *parameters, low, high, float(factor))
     return out
