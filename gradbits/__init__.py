@@ -1,8 +1,9 @@
 """gradbits: low-bit training for PyTorch."""
 
-from gradbits import nn, observe, optim, quantizers
+from gradbits import export, nn, observe, optim, quantizers
 from gradbits.core.qtensor import QTensor
-from gradbits.nn import Report, dequantize_, pack_activations, quantize_, report
+from gradbits.nn import Report, convert_, dequantize_, pack_activations, quantize_, report
+from gradbits.optim import gradient_l1, record_activations
 from gradbits.recipes import Recipe, recipe, recipes
 
 __version__ = "0.1.0"
@@ -10,7 +11,10 @@ __all__ = [
     "QTensor",
     "Recipe",
     "Report",
+    "convert_",
     "dequantize_",
+    "export",
+    "gradient_l1",
     "nn",
     "observe",
     "optim",
@@ -19,5 +23,6 @@ __all__ = [
     "quantizers",
     "recipe",
     "recipes",
+    "record_activations",
     "report",
 ]

@@ -15,6 +15,7 @@ VERBS: dict[str, str] = {
     "recipes": "recipes",
     "train": "train",
     "evaluate": "evaluate",
+    "export": "export",
     "compress": "storage",
     "decompress": "storage",
     "inspect": "storage",

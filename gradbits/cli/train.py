@@ -26,6 +26,9 @@ def train(
     model_set: Annotated[
         list[str] | None, typer.Option(help="Argument of the model, as d_model=256; repeatable.")
     ] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="A model file to start from: safetensors, gbz or a checkpoint of train.")
+    ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="A recipe, fp32, bf16 or none. Default: unified_int8; int8_dynamic for text.")
     ] = None,
@@ -51,6 +54,22 @@ def train(
     ] = None,
     pack_activations: Annotated[
         int | None, typer.Option(help="Bits of what autograd keeps for the backward pass, 2 to 8. Default: as it is.")
+    ] = None,
+    gradient_l1: Annotated[
+        float | None,
+        typer.Option(
+            "--gradient-l1", help="Coefficient of the L1 norms of the loss's gradients, as 0.01; for float networks."
+        ),
+    ] = None,
+    gradient_l1_activations: Annotated[
+        float | None,
+        typer.Option("--gradient-l1-activations", help="The same for activations alone. Default: as --gradient-l1."),
+    ] = None,
+    gradient_l1_start: Annotated[
+        float | None, typer.Option("--gradient-l1-start", help="Part of the steps before it begins. Default: 0.")
+    ] = None,
+    eval_bits: Annotated[
+        str | None, typer.Option(help="Test the trained networks quantized to so many bits as well: 8,6,5,4.")
     ] = None,
     prune: Annotated[
         float | None, typer.Option(help="Sparsity of the weights, reached from 10 to 60 % of the steps, as 0.9.")
@@ -84,10 +103,6 @@ def train(
     if recipe is not None and compare is not None:
         raise ArgumentError(f"recipe={recipe!r}: cannot be combined with compare={compare!r}; name it there")
     networks = _split(compare) if compare is not None else ((recipe,) if recipe is not None else None)
-    try:
-        numbers = None if seeds is None else tuple(int(seed) for seed in _split(seeds))
-    except ValueError as error:
-        raise ArgumentError(f"seeds={seeds!r}: must be integers with commas between them, as 0,1,2") from error
     options = TrainOptions(
         data=data,
         data_dir=None if data_dir is None else str(data_dir),
@@ -95,9 +110,10 @@ def train(
         limit=limit,
         model=model,
         model_set=tuple(model_set) if model_set else None,
+        init=None if init is None else str(init),
         networks=networks,
         overrides=tuple(set_) if set_ else None,
-        seeds=numbers,
+        seeds=_integers("seeds", seeds, "0,1,2"),
         epochs=epochs,
         steps=steps,
         batch_size=batch_size,
@@ -109,6 +125,10 @@ def train(
         threads=threads,
         compute=compute,
         pack_activations=pack_activations,
+        gradient_l1=gradient_l1,
+        gradient_l1_activations=gradient_l1_activations,
+        gradient_l1_start=gradient_l1_start,
+        eval_bits=_integers("eval_bits", eval_bits, "8,6,5,4"),
         prune=prune,
         share=share,
         measure_variance=True if measure_variance else None,
@@ -134,3 +154,12 @@ def train(
 
 def _split(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _integers(name: str, text: str | None, example: str) -> tuple[int, ...] | None:
+    from gradbits.core.errors import ArgumentError
+
+    try:
+        return None if text is None else tuple(int(part) for part in _split(text))
+    except ValueError as error:
+        raise ArgumentError(f"{name}={text!r}: must be integers with commas between them, as {example}") from error

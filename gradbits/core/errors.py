@@ -31,6 +31,10 @@ class FallbackError(GradbitsError, RuntimeError):
     """With ``strict=True``: something would have been left in float or computed another way than asked."""
 
 
+class GraphError(GradbitsError, RuntimeError):
+    """The graph of a model cannot be followed, or holds what integers cannot compute."""
+
+
 class DoubleBackwardError(GradbitsError, RuntimeError):
     """A quantized layer was differentiated twice."""
 

@@ -14,8 +14,10 @@ from gradbits.core.checks import check_choice, check_module
 from gradbits.core.errors import ArgumentError, DtypeError, FallbackError, NothingToQuantizeError
 from gradbits.kernels.dispatch import COMPUTE
 from gradbits.nn.function import ON_NONFINITE
+from gradbits.nn.graph import trace
 from gradbits.nn.layers import QUANTIZED_CLASSES, Assignment, Quantized, init_states, spatial_example
 from gradbits.nn.matmul import Matmul
+from gradbits.nn.qat import follow_graph_, leave_graph_
 from gradbits.nn.report import Report, device_of, named_layers, report, why_not_supported
 from gradbits.recipes import Recipe, recipe
 
@@ -53,6 +55,7 @@ def quantize_(
         FallbackError: with ``strict``, a layer was left in float that the rules do not name None and the recipe does
             not keep.
         ArgumentError: an unknown recipe, a pattern that is no string, an illegal option.
+        GraphError: the recipe quantizes the whole graph, as ``qat_int8`` does, and the model cannot be traced.
 
     >>> net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> len(quantize_(net, {"2": None, "*": "int8_dynamic"}).quantized)
@@ -85,12 +88,15 @@ def quantize_(
     fallen = [(name, reason) for name, _, _, reason, fell_back in plan if fell_back]
     if strict and fallen:
         raise FallbackError("strict=True: " + "; ".join(f"{name}: {reason}" for name, reason in fallen))
+    if any(chosen is not None and chosen.qat is not None for _, _, chosen, _, _ in plan):
+        trace(model)  # a model whose graph cannot be followed is refused before anything changes
     for name, module, chosen, reason, _ in plan:
         if chosen is None:
             _to_float(module)
             module._gradbits_reason = reason  # type: ignore[assignment]
         else:
             _assign(module, name, chosen, compute, on_nonfinite, device_of(module, model))
+    follow_graph_(model, compute)
     _set_fast_paths(model)
     return report(model)
 
@@ -103,6 +109,7 @@ def dequantize_(model: nn.Module) -> None:
     'Linear'
     """
     check_module(model)
+    leave_graph_(model)
     for module in model.modules():
         _to_float(module)
     _set_fast_paths(model)

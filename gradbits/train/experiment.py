@@ -17,6 +17,7 @@ from gradbits.train.checkpoint import load_checkpoint
 from gradbits.train.compressing import weight_sparsity
 from gradbits.train.datasets import TEXT_SETS, load_data
 from gradbits.train.entry import Entry
+from gradbits.train.evaluate_bits import evaluate_network_bits
 from gradbits.train.folder import Folder, check_usable, claim, open_run, read_run, write_run
 from gradbits.train.interrupt import StopRequest, stop_on_signals
 from gradbits.train.log import Log
@@ -27,7 +28,7 @@ from gradbits.train.network import Network, build_network
 from gradbits.train.options import DRAWS, TrainOptions
 from gradbits.train.picture import draw_log
 from gradbits.train.progress import make_reporter
-from gradbits.train.results import Record, load_results, make_record, results_table, save_results
+from gradbits.train.results import Record, bits_table, load_results, make_record, results_table, save_results
 from gradbits.train.tasks import CONTEXT, Task, make_task
 from gradbits.train.variance import draw_variances, measure_variances, save_variances, variance_table
 
@@ -111,6 +112,8 @@ class Experiment:
             with self._without_plots(folder.curves):
                 draw_log(folder.log, folder.curves, title)
             self.console.print(results_table(records))
+            if (table := bits_table(records)) is not None:
+                self.console.print(table)
             if self.options.measure_variance:
                 self._measure_variances(folder, title, stop)
         return records
@@ -222,9 +225,11 @@ class Experiment:
                 restore(network, job.checkpoint, self._identity(job))
                 save_model(job.model, network.model, model_metadata(job.entry, self.options, seed))
                 networks.append(network)
+            widths = self.options.eval_bits
+            bits = [evaluate_network_bits(network, self.task, widths, seed, stop) for network in networks]
             sparsities = [weight_sparsity(network.model) for network in networks]  # before measuring trains them on
             costs = measure(networks, self.task, seed, stop)
-            for (job, end), cost, sparsity in zip(group, costs, sparsities, strict=True):
+            for (job, end), cost, sparsity, found in zip(group, costs, sparsities, bits, strict=True):
                 records.append(
                     make_record(
                         entry=job.entry,
@@ -236,6 +241,7 @@ class Experiment:
                         command=self.command,
                         model_file=job.model.relative_to(folder.root).as_posix(),
                         sparsity=sparsity,
+                        bits=found,
                     )
                 )
         return records

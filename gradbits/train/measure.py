@@ -72,6 +72,8 @@ def measure(networks: Sequence[Network], task: Task, seed: int, stop: StopReques
 
 def _timed_step(network: Network, batch: Batch, step: int) -> float:
     network.model.train()
+    if network.penalty is not None:
+        network.penalty = network.penalty.at_once()
     _wait(network.device)
     started = time.perf_counter()
     network.step(batch, step)

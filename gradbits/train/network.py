@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +17,16 @@ from torch.nn import functional as F
 
 from gradbits.core.errors import CorruptDataError
 from gradbits.nn import pack_activations
+from gradbits.optim.delta_schedule import DeltaSchedule
+from gradbits.optim.hessian import scaled_layers
+from gradbits.recipes.learning import HessianScaling
 from gradbits.train.companion import Companion
 from gradbits.train.compressing import compression_companions
 from gradbits.train.entry import Entry
+from gradbits.train.model_file import load_initial
 from gradbits.train.models import build_model
 from gradbits.train.options import TrainOptions
+from gradbits.train.penalty import GradientPenalty, make_penalty
 from gradbits.train.tasks import Batch, Task
 
 WARMUP = 0.05  # share of the steps over which a cosine schedule rises
@@ -34,6 +42,7 @@ class Network:
         companions: act after each step, in this order.
         device: where the batches go.
         pack_bits: bits of what autograd keeps; None packs nothing.
+        penalty: a term of the loss of a training step, or None.
     """
 
     entry: Entry
@@ -43,6 +52,7 @@ class Network:
     device: torch.device
     companions: list[Companion] = field(default_factory=list)
     pack_bits: int | None = None
+    penalty: GradientPenalty | None = None
 
     def packing(self) -> pack_activations | contextlib.nullcontext[None]:
         """Return the context in which the forward pass of a training step runs."""
@@ -68,12 +78,17 @@ class Network:
             step: its number, from 1.
 
         Returns:
-            The mean loss in nats and the number of right answers.
+            The mean loss in nats, without a penalty, and the number of right answers.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        with self.packing():
-            loss, logits = self.forward(batch)
-        loss.backward()
+        if self.penalty is not None and self.penalty.is_on(step):
+            with self.penalty.recording(self.model, step) as recorded:
+                loss, logits = self.forward(batch)
+            (loss + self.penalty.term(loss, self.model, recorded, step)).backward()
+        else:
+            with self.packing():
+                loss, logits = self.forward(batch)
+            loss.backward()
         self.optimizer.step()
         self.scheduler.step()
         for companion in self.companions:
@@ -134,6 +149,8 @@ def build_network(entry: Entry, options: TrainOptions, task: Task, seed: int, to
     torch.manual_seed(seed)
     model = build_model(options.model or "", task.model_arguments(), options.model_options()).to(device)
     torch.manual_seed(seed)  # so that models that draw more or fewer initial weights train with the same noise
+    if options.init is not None:
+        load_initial(model, Path(options.init))
     if not entry.is_float:
         import gradbits
         from gradbits.recipes.registry import configured
@@ -153,7 +170,7 @@ def build_network(entry: Entry, options: TrainOptions, task: Task, seed: int, to
     cosine = options.schedule == "cosine"
     schedule = partial(_cosine, total=total_steps) if cosine else _constant
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    return Network(
+    network = Network(
         entry=entry,
         model=model,
         optimizer=optimizer,
@@ -161,7 +178,30 @@ def build_network(entry: Entry, options: TrainOptions, task: Task, seed: int, to
         device=device,
         companions=companions,
         pack_bits=options.pack_activations,
+        penalty=make_penalty(options, task.steps_per_epoch, total_steps),
     )
+    if layers := scaled_layers(model):
+        losses = partial(_losses, network, layers[0].assignment.recipe.hessian, task, seed)
+        measured = DeltaSchedule(model, losses, steps_per_epoch=task.steps_per_epoch, total=total_steps, seed=seed)
+        network.companions.append(measured)
+    return network
+
+
+def _losses(
+    network: Network, rule: HessianScaling | None, task: Task, seed: int, step: int
+) -> Iterator[Callable[[], torch.Tensor]]:
+    """Yield functions that return the loss of the training batches to come, each of its first samples."""
+    samples = 0 if rule is None else rule.samples
+    for index in itertools.count(step):
+        batch = task.batch(seed, index)
+        if samples and samples < len(batch.inputs):
+            targets = len(batch.targets) // len(batch.inputs) * samples  # a text has many for each sample
+            batch = Batch(batch.inputs[:samples], batch.targets[:targets])
+        yield partial(_loss, network, batch.to(network.device))
+
+
+def _loss(network: Network, batch: Batch) -> torch.Tensor:
+    return network.forward(batch)[0]
 
 
 def _optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
