@@ -69,6 +69,7 @@ class QuantizedProduct(torch.autograd.Function):
         ctx.save_for_backward(*saver.tensors)
         ctx.call = call
         ctx.like = {role: (value.shape, value.dtype) for role, value in values.items()}
+        ctx.plain = x.is_contiguous()
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
@@ -105,6 +106,8 @@ class QuantizedProduct(torch.autograd.Function):
                     call, role, g, Saver.get(saved, operand), codes, Saver.get(saved, passage), shape, dtype
                 )
                 learned.update({(role, name): grad for name, grad in steps.items()})
+            if ctx.plain and "input" in found:  # what comes next is slow on operands in different memory orders
+                found["input"] = found["input"].contiguous()
             bias = call.products.bias_gradient(g).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         needed = ctx.needs_input_grad
         inputs = (found.get(role) if need else None for role, need in zip(BACKWARD, needed, strict=False))
