@@ -16,6 +16,7 @@ SUBCOMMANDS: dict[str, str] = {
     "conv": "bench",
     "quantize": "bench",
     "step": "bench",
+    "memory": "bench",
 }
 
 Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: what torch chooses.", show_default=False)]
@@ -118,6 +119,41 @@ def step(
         build_recipe(name)
     who = variants(recipes, compiled=compiled and not quick, torchao=torchao)
     _hold(lambda: (step_work(name, who, quick=quick) for name in names), threads, repeats, clock, quick, json, chart)
+
+
+def memory(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="resnet18, gpt or resnet20; repeatable. Default: all.", show_default=False),
+    ] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="A recipe; repeatable. Default: int8_dynamic.", show_default=False)
+    ] = None,
+    threads: Threads = None,
+    quick: Quick = False,
+    json: Json = None,
+    chart: Chart = None,
+) -> None:
+    """Bytes kept for the backward pass: as they are, and packed by pack_activations to 8, 4 and 2 bits."""
+    from gradbits.bench.chart import save_memory_chart
+    from gradbits.bench.memory import MODELS, memory_table, memory_work
+    from gradbits.bench.record import head_lines, save_record
+    from gradbits.bench.session import Settings
+    from gradbits.core.checks import check_choice
+
+    names = tuple(dict.fromkeys(model or MODELS))
+    for name in names:
+        check_choice(name, "model", MODELS)
+    where = Settings(command=_command(), threads=threads, repeats=1).settle()
+    _show("\n".join(head_lines(where)))
+    outcomes = []
+    for name in names:
+        outcomes.append(memory_work(name, tuple(recipe or ("int8_dynamic",)), quick=quick, tell=_tell))
+        _show("\n" + memory_table(outcomes[-1]))
+    if json is not None:
+        save_record(json, where, works=outcomes)
+    if chart is not None:
+        save_memory_chart(chart, outcomes, where["command"])
 
 
 def _hold(
