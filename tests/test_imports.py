@@ -24,6 +24,7 @@ ORDER = (
     "export",
     "observe",
     "train",
+    "bench",
     "integrations",
     "cli",
 )

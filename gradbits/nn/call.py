@@ -12,6 +12,7 @@ from gradbits.core.errors import NonFiniteError
 from gradbits.core.noise import NoiseKey
 from gradbits.core.qtensor import QTensor, Rotation
 from gradbits.nn.bilinear import Bilinear
+from gradbits.nn.shared import Shared
 from gradbits.quantizers.quantizer import Quantizer
 from gradbits.quantizers.ranges import State
 from gradbits.recipes.recipe import Recipe
@@ -140,6 +141,10 @@ class Call:
     ) -> tuple[QTensor, torch.Tensor | None]:
         """Return an operand's codes, and where its gradient passes (None: everywhere)."""
         q = self.quantizer(product, role)
+        # layers that take the same input share its codes: query, key and value, or a block and its shortcut
+        shared = Shared.of(value, q, self.products.tokens) if (role, self.compute) == ("input", "auto") else None
+        if shared is not None and shared.codes is not None:
+            return shared.codes, None
         codes, low, high = q.quantize_with_range(
             value,
             noise=self.key(product, role) if q.is_stochastic else None,
@@ -151,6 +156,8 @@ class Call:
         )
         if self.on_nonfinite == "raise" and not bool(torch.isfinite(codes.scale).all()):
             raise NonFiniteError(f"{role} of layer {self.name!r} holds NaN or Inf (on_nonfinite='raise')")
+        if shared is not None:
+            shared.keep(codes)
         if role == "gradient" or q.estimator.learns or not (q.range.can_clip or q.estimator.shapes):
             return codes, None
         turned = value if codes.rotation is None else codes.rotation.forward(value)

@@ -13,6 +13,7 @@ from gradbits.core.checks import check_module
 from gradbits.kernels.dispatch import Request, choose
 from gradbits.nn.layers import QUANTIZED_CLASSES, Quantized, QuantizerStates
 from gradbits.nn.matmul import Matmul
+from gradbits.nn.packing import packing_of
 
 PRODUCTS = ("output", "grad_input", "grad_weight")
 
@@ -42,9 +43,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Every layer that has weights or products, quantized or left alone with the reason."""
+    """Every layer that has weights or products, quantized or left alone with the reason.
+
+    Args:
+        rows: the layers.
+        pack_activations: bits in which forward passes keep activations; None as they are.
+    """
 
     rows: tuple[Row, ...]
+    pack_activations: int | None = None
 
     @property
     def quantized(self) -> tuple[Row, ...]:
@@ -58,7 +65,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
-        return {"layers": [asdict(r) for r in self.rows]}
+        return {"layers": [asdict(r) for r in self.rows], "pack_activations": self.pack_activations}
 
     def __str__(self) -> str:
         head = ("layer", "class", "recipe", *PRODUCTS, "computed by", "left in float because")
@@ -66,7 +73,10 @@ class Report:
         widths = [max(len(line[i]) for line in table) for i in range(len(head))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table]
         done = len(self.quantized)
-        return "\n".join([*lines, f"{done} of {len(self.rows)} layers quantized"])
+        lines.append(f"{done} of {len(self.rows)} layers quantized")
+        if self.pack_activations is not None:
+            lines.append(f"activations are kept for the backward pass in {self.pack_activations} bits")
+        return "\n".join(lines)
 
 
 def device_of(layer: nn.Module, model: nn.Module) -> torch.device:
@@ -136,7 +146,7 @@ def report(model: nn.Module) -> Report:
             given = getattr(module, "_gradbits_reason", None)
             reason = str(given or why_not_supported(module) or "quantize_ was not asked to")
             rows.append(Row(name, type(module).__name__, "float", "float", "float", "float", "torch", reason))
-    return Report(tuple(rows))
+    return Report(tuple(rows), packing_of(model))
 
 
 def why_not_supported(module: nn.Module) -> str | None:

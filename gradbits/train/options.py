@@ -29,6 +29,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "mlp": {"optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4},
     "small_cnn": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4},
     "resnet20": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4},
+    "resnet18": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4},
     "mobilenet": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-5},
     "gpt": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01},
 }

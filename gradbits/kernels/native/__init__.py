@@ -11,7 +11,7 @@ from gradbits.kernels.dispatch import Kernel, Request
 
 def kernels() -> tuple[Kernel, ...]:
     """Return the kernels of this backend."""
-    from gradbits.kernels.native import library, packing, products
+    from gradbits.kernels.native import library, packing, products, sums
     from gradbits.kernels.native.quantize import min_max, quantize
 
     def why_not(request: Request) -> str | None:
@@ -22,7 +22,8 @@ def kernels() -> tuple[Kernel, ...]:
     def conv_why_not(request: Request) -> str | None:
         return why_not(request) or products.conv_why_not(request)
 
-    everywhere = (quantize, min_max, packing.pack, packing.unpack, products.matmul, products.conv_grad_weight)
+    coding = (quantize, min_max, packing.pack, packing.unpack, sums.sum_codes)
+    everywhere = (*coding, products.matmul, products.conv_grad_weight)
     measured = (products.conv_output, products.conv_grad_input)
     return (
         *(Kernel(f.__name__, "native", f, why_not) for f in everywhere),

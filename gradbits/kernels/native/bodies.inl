@@ -10,5 +10,6 @@ namespace {
 #include "rows.inl"
 #include "columns.inl"
 #include "pack.inl"
+#include "sums.inl"
 }  // namespace
 }  // namespace GB_ISA

@@ -72,6 +72,14 @@ struct PackArgs {
     int32_t width, threads;
 };
 
+// Codes [outer, count, inner] in memory order, summed over `count` of them.
+struct SumsArgs {
+    const int8_t* x;
+    int32_t* sums;  // [outer, inner]
+    int64_t outer, count, inner;
+    int32_t threads;
+};
+
 struct Kernels {
     const char* name;
     int (*quantize)(const QuantizeArgs*);
@@ -80,6 +88,7 @@ struct Kernels {
     int (*columns)(const ProductArgs*);
     int (*pack)(const PackArgs*);
     int (*unpack)(const PackArgs*);
+    int (*sums)(const SumsArgs*);
 };
 
 extern const Kernels gb_avx512, gb_avx2, gb_portable;
