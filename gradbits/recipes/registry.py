@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from importlib import import_module
 from typing import Any
@@ -90,10 +90,14 @@ def configured(name: str, settings: Mapping[str, Any]) -> Recipe:
     options = recipes()[name].options if name in recipes() else {}
     chosen = {key: parse_value(value) for key, value in settings.items() if key in options}
     made = recipe(name, **chosen)
-    try:
-        return made.with_overrides({key: value for key, value in settings.items() if key not in options})
-    except ArgumentError as error:
-        raise ArgumentError(f"{error}; options of recipe {name!r} are {', '.join(options)}") from None
+    rest = {key: value for key, value in settings.items() if key not in options}
+    for key, value in rest.items():
+        if "." not in key and key not in (known := [field.name for field in fields(made)]):
+            raise ArgumentError(
+                f"{key}={value!r}: recipe {name!r} has the options {', '.join(options)} and the fields "
+                f"{', '.join(known)}"
+            )
+    return made.with_overrides(rest)
 
 
 def recipe(name: str, **options: Any) -> Recipe:

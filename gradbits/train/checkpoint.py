@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import zipfile
@@ -58,6 +59,8 @@ def load_checkpoint(path: Path) -> Tree:
     except CorruptDataError:
         raise
     except OSError as error:
+        if error.errno == errno.EINVAL:  # a damaged offset sends the zip reader to a place before the file
+            raise CorruptDataError(f"{path}: is damaged: its directory points outside of it") from error
         raise MissingDataError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged archive raises whatever the zip reader meets first
         raise CorruptDataError(f"{path}: is truncated, damaged or not a checkpoint ({error})") from error

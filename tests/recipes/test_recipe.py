@@ -192,8 +192,9 @@ def test_settings_by_name_are_options_first():
     ("name", "settings", "message"),
     [
         ("int9", {}, "no such recipe"),
-        ("int4_transformer", {"foo": "1"}, "foo=1.*options of recipe 'int4_transformer' are hadamard"),
+        ("int4_transformer", {"foo": "1"}, "foo='1'.*'int4_transformer' has the options hadamard.*fields name"),
         ("int4_transformer", {"gradient.foo": "1"}, r"gradient\.foo"),
+        ("statquant_psq", {"grad_weight.gradient.grain": "row"}, "grad_weight sums over that axis"),
         ("int4_transformer", {"hadamard": "3"}, "power of two"),
         ("int4_transformer", {"sampling": "maybe"}, "sampling='maybe'"),
         ("int4_transformer", {"learned_steps": "1"}, "learned_steps=1"),

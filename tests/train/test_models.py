@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import gradbits as gb
 from gradbits.core.errors import ArgumentError, GradbitsError
 from gradbits.train.models import MODELS, build_model
 
@@ -110,6 +111,7 @@ def test_a_factory_of_the_user_gets_what_it_takes(user_module):
         ("small_cnn", {"width": 0}, "width=0"),
         ("small_cnn", {"width": "wide"}, "width='wide'"),
         ("gpt", {"d_model": 30}, "multiple of heads=4"),
+        ("gpt", {"attention": "flash"}, "attention='flash'"),
         ("absent_module:net", {}, "absent_module"),
         ("my_models:absent", {}, "absent"),
         ("my_models:nothing", {}, "must return a torch.nn.Module, not int"),
@@ -130,3 +132,22 @@ def test_a_factory_that_needs_more_is_named(user_module):
 def test_every_name_is_built():
     for name in MODELS:
         assert isinstance(build_model(name, {**IMAGES, "vocabulary": 256}), nn.Module)
+
+
+def test_attention_as_products_is_the_fused_one_and_can_be_quantized():
+    small = {"d_model": 16, "layers": 2, "heads": 2, "context": 12}
+    torch.manual_seed(0)
+    fused = build_model("gpt", {}, small)
+    products = build_model("gpt", {}, {**small, "attention": "products"})
+    products.load_state_dict(fused.state_dict(), strict=True)
+    tokens = torch.randint(0, 256, (3, 12))
+    torch.testing.assert_close(products(tokens), fused(tokens), rtol=1e-5, atol=1e-6)
+    quantized = {}
+    for attention in ("float", "int8_dynamic"):
+        rows = gb.quantize_(products, gb.recipe("int4_transformer", attention=attention)).rows
+        quantized[attention] = {row.name: row.recipe for row in rows if row.kind == "Matmul"}
+    names = [f"blocks.{i}.attention.products.{part}" for i in (0, 1) for part in ("scores", "values")]
+    assert quantized["float"] == dict.fromkeys(names, "float")
+    assert quantized["int8_dynamic"] == dict.fromkeys(names, "int8_dynamic")
+    products(tokens).square().mean().backward()
+    assert all(bool(torch.isfinite(p.grad).all()) for p in products.parameters() if p.grad is not None)

@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gradbits.core.checks import check_integer
+from gradbits.core.checks import check_choice, check_integer
 from gradbits.core.errors import ArgumentError
+from gradbits.nn.matmul import Matmul
+
+
+class Products(nn.Module):
+    """Causal attention as two products that ``quantize_`` finds; the fused function hides them from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores, self.values = Matmul(), Matmul()
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Return what ``scaled_dot_product_attention`` does for [batch, heads, length, width]."""
+        length, width = query.shape[-2:]
+        later = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
+        scores = self.scores(query * width**-0.5, key.mT).masked_fill(later, -math.inf)
+        y: torch.Tensor = self.values(scores.softmax(-1), value)
+        return y
 
 
 class Attention(nn.Module):
     """Causal self-attention with several heads."""
 
-    def __init__(self, d_model: int, heads: int) -> None:
+    def __init__(self, d_model: int, heads: int, attention: str) -> None:
         super().__init__()
         self.heads = heads
+        self.products = Products() if attention == "products" else None
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.out = nn.Linear(d_model, d_model)
 
@@ -24,17 +44,20 @@ class Attention(nn.Module):
         batch, length, d_model = x.shape
         split = self.qkv(x).view(batch, length, 3, self.heads, d_model // self.heads)
         query, key, value = split.permute(2, 0, 3, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        if self.products is None:
+            y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        else:
+            y = self.products(query, key, value)
         return self.out(y.transpose(1, 2).reshape(batch, length, d_model))
 
 
 class Block(nn.Module):
     """Attention and a two-layer GELU network, each behind a layer norm and around a shortcut."""
 
-    def __init__(self, d_model: int, heads: int) -> None:
+    def __init__(self, d_model: int, heads: int, attention: str) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(d_model)
-        self.attention = Attention(d_model, heads)
+        self.attention = Attention(d_model, heads, attention)
         self.norm2 = nn.LayerNorm(d_model)
         self.up = nn.Linear(d_model, 4 * d_model)
         self.down = nn.Linear(4 * d_model, d_model)
@@ -48,12 +71,14 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Embeddings of bytes and positions, pre-norm blocks, a final norm and a linear head."""
 
-    def __init__(self, vocabulary: int, context: int, d_model: int, layers: int, heads: int) -> None:
+    def __init__(
+        self, vocabulary: int, context: int, d_model: int, layers: int, heads: int, attention: str
+    ) -> None:
         super().__init__()
         self.context = context
         self.bytes = nn.Embedding(vocabulary, d_model)
         self.positions = nn.Embedding(context, d_model)
-        self.blocks = nn.Sequential(*(Block(d_model, heads) for _ in range(layers)))
+        self.blocks = nn.Sequential(*(Block(d_model, heads, attention) for _ in range(layers)))
         self.norm = nn.LayerNorm(d_model)
         self.head = nn.Linear(d_model, vocabulary, bias=False)
         for module in self.modules():
@@ -72,7 +97,15 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(self.bytes(tokens) + self.positions(positions))))
 
 
-def gpt(*, vocabulary: int = 256, context: int = 128, d_model: int = 128, layers: int = 4, heads: int = 4) -> nn.Module:
+def gpt(
+    *,
+    vocabulary: int = 256,
+    context: int = 128,
+    d_model: int = 128,
+    layers: int = 4,
+    heads: int = 4,
+    attention: str = "fused",
+) -> nn.Module:
     """Return a byte-level decoder.
 
     Args:
@@ -81,12 +114,15 @@ def gpt(*, vocabulary: int = 256, context: int = 128, d_model: int = 128, layers
         d_model: width of the residual stream; a multiple of ``heads``.
         layers: blocks.
         heads: attention heads of a block.
+        attention: ``"fused"``, PyTorch's function, always in float; or ``"products"``, the same as two
+            ``gradbits.nn.Matmul``, which follow a recipe that quantizes attention products.
 
     Raises:
         ArgumentError: ``d_model`` is not a multiple of ``heads``.
     """
     for name, value in (("d_model", d_model), ("layers", layers), ("heads", heads), ("context", context)):
         check_integer(value, name, 1)
+    check_choice(attention, "attention", ("fused", "products"))
     if d_model % heads:
         raise ArgumentError(f"d_model={d_model}: must be a multiple of heads={heads}")
-    return GPT(vocabulary, context, d_model, layers, heads)
+    return GPT(vocabulary, context, d_model, layers, heads, attention)
