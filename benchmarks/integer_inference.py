@@ -4,7 +4,7 @@ Trains each model with ``qat_int8`` on Fashion-MNIST (``gradbits train``), expor
 compares evaluation, ``convert_`` and both ONNX forms over the whole test set. Writes
 ``benchmarks/logs/integer_inference.txt`` and ``.json``:
 
-    python benchmarks/integer_inference.py [--models small_cnn,resnet20,mobilenet,mlp] [--steps N] [--data fashion-mnist]
+    python benchmarks/integer_inference.py [--models small_cnn,resnet20,mobilenet,mlp] [--steps N] [--data NAME]
 """
 
 from __future__ import annotations

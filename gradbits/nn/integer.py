@@ -14,7 +14,7 @@ from gradbits.kernels import reference
 from gradbits.kernels.fixed_point import Multiplier, requantize, rounding_shift
 from gradbits.kernels.geometry import ConvGeometry, channels_first, channels_last
 
-PIECE = 1 << 16  # output elements of the samples that are worked on at once: their int64 products stay in the cache
+PIECE = 1 << 18  # output elements of the samples that are worked on at once
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class IntegerLayer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return int8 codes, or the int32 sums of a last layer."""
         if self.shape.spatial:
-            x = channels_last(self._padded(x))
+            x = self._padded(channels_last(x))
         if torch.compiler.is_exporting():
             y = self._finish(self._sums(x))
         else:
@@ -165,8 +165,9 @@ class IntegerLayer(nn.Module):
         return channels_first(y) if self.shape.spatial else y
 
     def _padded(self, x: torch.Tensor) -> torch.Tensor:
+        """Return channels-last codes with the code of zero around them."""
         pads = [n for pair in reversed(self.shape.padding) for n in pair]
-        return F.pad(x, pads, value=self.zero) if any(pads) else x
+        return F.pad(x, [0, 0, *pads], value=self.zero) if any(pads) else x
 
     def _finish(self, sums: torch.Tensor) -> torch.Tensor:
         """Return the result of sums [..., Co]."""
