@@ -1,10 +1,10 @@
 """Gradient L1 regularization on Fashion-MNIST: accuracy after post-training quantization, by its coefficient.
 
 A thin wrapper around ``gradbits train --eval-bits``: ``small_cnn``, 5 epochs, 3 seeds, plain and with a sweep of the
-coefficient, each quantized after training to 8, 6, 5 and 4 bits of weights and activations. Writes
-``benchmarks/logs/gradient_l1.txt`` and ``.json``; with ``--out`` an interrupted run goes on:
+coefficient over the second half of the steps, each quantized after training to 8, 6, 5 and 4 bits of weights and
+activations. Writes ``benchmarks/logs/gradient_l1.txt`` and ``.json``; with ``--out`` an interrupted run goes on:
 
-    python benchmarks/gradient_l1.py [--limit N] [--epochs N] [--seeds 0,1,2] [--sweep 0.001,0.01,0.05] [--start 0]
+    python benchmarks/gradient_l1.py [--limit N] [--epochs N] [--seeds 0,1,2] [--sweep 0.001,0.003,0.01] [--start 0.5]
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--bits", default="8,6,5,4")
-    parser.add_argument("--sweep", default="0.0001,0.001,0.01,0.05")
-    parser.add_argument("--start", type=float, default=0.0, help="part of the steps before the term begins")
+    parser.add_argument("--sweep", default="0.001,0.003,0.01")
+    parser.add_argument("--start", type=float, default=0.5, help="part of the steps before the term begins")
     parser.add_argument("--out", type=Path, help="keep the runs' folders here, and go on with them if they are there")
     options = parser.parse_args()
     common = f"--data fashion-mnist --model small_cnn --recipe fp32 --epochs {options.epochs} --seeds {options.seeds}"
@@ -68,7 +68,8 @@ def main() -> None:
             groups[weight] = compare(command, folder / f"l1-{weight}")
     for name, records in groups.items():
         for record in records:
-            record["command"] = f"gradbits train {common}" + ("" if name == "none" else f" --gradient-l1 {name}")
+            extra = "" if name == "none" else f" --gradient-l1 {name} --gradient-l1-start {options.start}"
+            record["command"] = f"gradbits train {common}{extra}"
     sets = ", ".join(machine.instruction_sets())
     where = f"torch {torch.__version__}, python {platform.python_version()}, {torch.get_num_threads()} threads ({sets})"
     first = f"gradbits train {common} [--gradient-l1 COEFFICIENT --gradient-l1-start {options.start}]"
