@@ -83,7 +83,7 @@ def example(model: IntegerModel, args: Any) -> dict[str, Any]:
     try:
         with torch.no_grad():
             return model.values(*args)
-    except (RuntimeError, IndexError) as error:
+    except (RuntimeError, IndexError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ArgumentError(f"args: the model does not take them: {reason}") from error
 

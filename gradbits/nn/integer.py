@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gradbits.core.errors import ArgumentError
 from gradbits.kernels import reference
 from gradbits.kernels.fixed_point import Multiplier, requantize, rounding_shift
 from gradbits.kernels.geometry import ConvGeometry, channels_first, channels_last
@@ -153,6 +154,7 @@ class IntegerLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return int8 codes, or the int32 sums of a last layer."""
+        self._check(x)
         if self.shape.spatial:
             x = self._padded(channels_last(x))
         if torch.compiler.is_exporting():
@@ -163,6 +165,15 @@ class IntegerLayer(nn.Module):
             parts = [self._finish(self._sums(piece)) for piece in pieces]
             y = torch.cat(parts) if len(parts) > 1 else parts[0]
         return channels_first(y) if self.shape.spatial else y
+
+    def _check(self, x: torch.Tensor) -> None:
+        """Refuse a shape that the layer does not take: kernels trust the sizes they are given."""
+        spatial = self.shape.spatial
+        channels = self.weight.shape[1] * self.shape.groups
+        fits = x.dim() == spatial + 2 if spatial else x.dim() > 0
+        if not fits or x.shape[1 if spatial else -1] != channels:
+            what = f"{spatial + 2} axes and {channels} channels" if spatial else f"{channels} features"
+            raise ArgumentError(f"input: shape {tuple(x.shape)} does not fit a layer; must have {what}")
 
     def _padded(self, x: torch.Tensor) -> torch.Tensor:
         """Return channels-last codes with the code of zero around them."""
@@ -384,7 +395,9 @@ class IntegerModel(nn.Module):
 
     def values(self, *args: Any) -> dict[str, Any]:
         """Return every value by the name of its operation: codes, sums, and the floats at both ends."""
-        values: dict[str, Any] = dict(zip(self.inputs, args, strict=False))
+        if len(args) != len(self.inputs):
+            raise ArgumentError(f"args: got {len(args)}; the model takes {', '.join(self.inputs)}")
+        values: dict[str, Any] = dict(zip(self.inputs, args, strict=True))
         for name, sources in self.wiring:
             values[name] = self.operations[f"{name}_"](*(values[source] for source in sources))
         return values
