@@ -16,8 +16,8 @@ from gradbits.core.files import write_atomically
 from gradbits.export.onnx_integer import add_integer
 from gradbits.export.onnx_qdq import QDQ
 from gradbits.export.onnx_writer import Writer
-from gradbits.nn.integer import IntegerModel, Ref
 from gradbits.nn.integer_convert import convert_
+from gradbits.nn.integer_model import IntegerModel, Ref
 from gradbits.nn.qat import graph_forward
 
 FORMS = ("integer", "qdq")

@@ -14,21 +14,28 @@ from torch.fx import Node
 from gradbits.core.errors import GraphError
 from gradbits.kernels.fixed_point import Multiplier, common_multipliers
 from gradbits.nn.fold import fold
-from gradbits.nn.graph import TRANSPOSED, Step, activation_bounds, mean_axes, operands, output_nodes, source_of, window_of
+from gradbits.nn.graph import (
+    TRANSPOSED,
+    Step,
+    activation_bounds,
+    mean_axes,
+    operands,
+    output_nodes,
+    source_of,
+    window_of,
+)
 from gradbits.nn.integer import (
-    Apply,
     Clamp,
     Codes,
     Dequantize,
     IntegerCat,
     IntegerLayer,
     IntegerMean,
-    IntegerModel,
     IntegerSum,
     Quantize,
-    Ref,
     Shape,
 )
+from gradbits.nn.integer_model import Apply, IntegerModel, Ref
 from gradbits.quantizers.quantizer import Quantizer
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 import gradbits as gb
 from gradbits.core.errors import ArgumentError, GraphError
 from gradbits.kernels.fixed_point import Multiplier
-from gradbits.nn.integer import Codes, Dequantize, IntegerLayer, IntegerModel, Quantize, Shape
+from gradbits.nn.integer import Codes, Dequantize, IntegerLayer, Quantize, Shape
+from gradbits.nn.integer_model import IntegerModel
 from gradbits.nn.qat import graph_forward
 
 integers: Any = import_module("tests.nn.integers")
