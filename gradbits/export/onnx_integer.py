@@ -9,7 +9,6 @@ from gradbits.core.errors import GraphError
 from gradbits.export.onnx_moves import add_move
 from gradbits.export.onnx_writer import Writer
 from gradbits.nn.integer import (
-    Apply,
     Clamp,
     Codes,
     Dequantize,
@@ -19,6 +18,7 @@ from gradbits.nn.integer import (
     IntegerSum,
     Quantize,
 )
+from gradbits.nn.integer_model import Apply
 
 
 def add_integer(

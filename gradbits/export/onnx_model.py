@@ -16,8 +16,8 @@ from gradbits.core.files import write_atomically
 from gradbits.export.onnx_integer import add_integer
 from gradbits.export.onnx_qdq import QDQ
 from gradbits.export.onnx_writer import Writer
-from gradbits.nn.integer import IntegerModel, Ref
 from gradbits.nn.integer_convert import convert_
+from gradbits.nn.integer_model import IntegerModel, Ref
 from gradbits.nn.qat import graph_forward
 
 FORMS = ("integer", "qdq")
@@ -83,7 +83,7 @@ def example(model: IntegerModel, args: Any) -> dict[str, Any]:
     try:
         with torch.no_grad():
             return model.values(*args)
-    except (RuntimeError, IndexError) as error:
+    except (RuntimeError, IndexError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ArgumentError(f"args: the model does not take them: {reason}") from error
 

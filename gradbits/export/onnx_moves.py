@@ -11,7 +11,7 @@ from torch import nn
 
 from gradbits.core.errors import GraphError
 from gradbits.export.onnx_writer import Writer
-from gradbits.nn.integer import Apply, Ref
+from gradbits.nn.integer_model import Apply, Ref
 
 LAST = (1 << 63) - 1
 MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)

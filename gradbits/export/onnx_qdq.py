@@ -8,7 +8,6 @@ from gradbits.core.errors import GraphError
 from gradbits.export.onnx_moves import add_move
 from gradbits.export.onnx_writer import Writer
 from gradbits.nn.integer import (
-    Apply,
     Clamp,
     Codes,
     Dequantize,
@@ -18,6 +17,7 @@ from gradbits.nn.integer import (
     IntegerSum,
     Quantize,
 )
+from gradbits.nn.integer_model import Apply
 
 OFFSET = 128  # codes travel as uint8, which runtimes multiply with int8 weights the fastest
 

@@ -2,8 +2,8 @@
 
 from gradbits.nn.activations import pack_activations
 from gradbits.nn.convert import dequantize_, quantize_
-from gradbits.nn.integer import IntegerModel
 from gradbits.nn.integer_convert import convert_
+from gradbits.nn.integer_model import IntegerModel
 from gradbits.nn.matmul import Matmul
 from gradbits.nn.reinforce import ReinforceNeuron
 from gradbits.nn.report import Report, report

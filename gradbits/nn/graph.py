@@ -218,6 +218,9 @@ def _kind(node: Node, modules: dict[str, nn.Module], called: dict[str, int], pla
         return "mean", ""
     if target in (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d) and _is_one(args[1]):
         return "mean", ""
+    if target is F.avg_pool2d:
+        plain = window_of(node) is not None
+        return ("mean", "") if plain else ("float", f"{name} pads, rounds sizes up or divides by another number")
     if target in ("size", "dim") or (target is getattr and args[1] == "shape"):
         return "shape", ""
     first = args[0] if args else None
@@ -266,6 +269,20 @@ def mean_axes(node: Node) -> tuple[int, ...] | None:
     if axes is None or not all(isinstance(a, int) and a != 0 for a in axes) or node.kwargs.get("dtype") is not None:
         return None
     return tuple(axes)
+
+
+def window_of(node: Node) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """Return window and stride of a call of ``avg_pool2d``, or None where it does more than average windows."""
+    names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    if given.get("padding", 0) not in (0, (0, 0), [0, 0]) or given.get("ceil_mode") or given.get("divisor_override"):
+        return None
+    window, stride = given["kernel_size"], given.get("stride") or given["kernel_size"]
+    return _two(window), _two(stride)
+
+
+def _two(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
 def _pads_zeros(node: Node) -> bool:

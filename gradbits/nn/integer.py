@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,18 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gradbits.core.errors import ArgumentError
 from gradbits.kernels import reference
 from gradbits.kernels.fixed_point import Multiplier, requantize, rounding_shift
 from gradbits.kernels.geometry import ConvGeometry, channels_first, channels_last
 
-PIECE = 1 << 16  # output elements of the samples that are worked on at once: their int64 products stay in the cache
-
-
-@dataclass(frozen=True)
-class Ref:
-    """Stands for an operation's input in its arguments."""
-
-    index: int
+PIECE = 1 << 18  # output elements of the samples that are worked on at once
 
 
 @dataclass(frozen=True)
@@ -153,8 +146,9 @@ class IntegerLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return int8 codes, or the int32 sums of a last layer."""
+        self._check(x)
         if self.shape.spatial:
-            x = channels_last(self._padded(x))
+            x = self._padded(channels_last(x))
         if torch.compiler.is_exporting():
             y = self._finish(self._sums(x))
         else:
@@ -164,9 +158,19 @@ class IntegerLayer(nn.Module):
             y = torch.cat(parts) if len(parts) > 1 else parts[0]
         return channels_first(y) if self.shape.spatial else y
 
+    def _check(self, x: torch.Tensor) -> None:
+        """Refuse a shape that the layer does not take: kernels trust the sizes they are given."""
+        spatial = self.shape.spatial
+        channels = self.weight.shape[1] * self.shape.groups
+        fits = x.dim() == spatial + 2 if spatial else x.dim() > 0
+        if not fits or x.shape[1 if spatial else -1] != channels:
+            what = f"{spatial + 2} axes and {channels} channels" if spatial else f"{channels} features"
+            raise ArgumentError(f"input: shape {tuple(x.shape)} does not fit a layer; must have {what}")
+
     def _padded(self, x: torch.Tensor) -> torch.Tensor:
+        """Return channels-last codes with the code of zero around them."""
         pads = [n for pair in reversed(self.shape.padding) for n in pair]
-        return F.pad(x, pads, value=self.zero) if any(pads) else x
+        return F.pad(x, [0, 0, *pads], value=self.zero) if any(pads) else x
 
     def _finish(self, sums: torch.Tensor) -> torch.Tensor:
         """Return the result of sums [..., Co]."""
@@ -307,83 +311,3 @@ class Clamp(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the codes within the bounds."""
         return x.clamp(self.low, self.high)
-
-
-class Apply(nn.Module):
-    """What moves codes or picks among them: reshaping, slicing, padding, maxima.
-
-    Args:
-        target: a function, the name of a tensor's method, or a module without parameters.
-        args, kwargs: its arguments; ``Ref`` stands for an input.
-    """
-
-    def __init__(self, target: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super().__init__()
-        self.target, self.args, self.kwargs = target, args, kwargs
-
-    def forward(self, *values: Any) -> Any:
-        """Return what the target returns."""
-        args, kwargs = filled(self.args, values), filled(self.kwargs, values)
-        if isinstance(self.target, str):
-            return getattr(args[0], self.target)(*args[1:], **kwargs)
-        return self.target(*args, **kwargs)
-
-
-def filled(value: Any, values: tuple[Any, ...]) -> Any:
-    """Return arguments with their references replaced by the inputs."""
-    if isinstance(value, Ref):
-        return values[value.index]
-    if isinstance(value, dict):
-        return {key: filled(item, values) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(filled(item, values) for item in value)
-    if isinstance(value, slice):
-        return slice(*(filled(item, values) for item in (value.start, value.stop, value.step)))
-    return value
-
-
-class IntegerModel(nn.Module):
-    """A model that computes in integers from its first quantization to its last dequantization.
-
-    ``gradbits.convert_`` makes one of a model that was trained with ``qat_int8``.
-
-    Args:
-        inputs: names of the arguments.
-        operations: (name, operation, names of its inputs) in the order in which they run.
-        result: what is returned, values replaced by ``Ref`` into ``names``.
-        names: names of the returned values.
-    """
-
-    def __init__(
-        self,
-        inputs: tuple[str, ...],
-        operations: list[tuple[str, nn.Module, tuple[str, ...]]],
-        result: Any,
-        names: tuple[str, ...],
-    ) -> None:
-        super().__init__()
-        self.setup(inputs, operations, result, names)
-
-    def setup(
-        self,
-        inputs: tuple[str, ...],
-        operations: list[tuple[str, nn.Module, tuple[str, ...]]],
-        result: Any,
-        names: tuple[str, ...],
-    ) -> None:
-        """Take the parts; separate from ``__init__`` because ``convert_`` turns an existing module into this class."""
-        self.inputs, self.result, self.names = inputs, result, names
-        self.wiring = [(name, sources) for name, _, sources in operations]
-        self.operations = nn.ModuleDict({f"{name}_": operation for name, operation, _ in operations})
-
-    def forward(self, *args: Any) -> Any:
-        """Return what the model returned before it was converted, in float32."""
-        values = self.values(*args)
-        return filled(self.result, tuple(values[name] for name in self.names))
-
-    def values(self, *args: Any) -> dict[str, Any]:
-        """Return every value by the name of its operation: codes, sums, and the floats at both ends."""
-        values: dict[str, Any] = dict(zip(self.inputs, args, strict=False))
-        for name, sources in self.wiring:
-            values[name] = self.operations[f"{name}_"](*(values[source] for source in sources))
-        return values

@@ -7,27 +7,35 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
 from gradbits.core.errors import GraphError
 from gradbits.kernels.fixed_point import Multiplier, common_multipliers
 from gradbits.nn.fold import fold
-from gradbits.nn.graph import TRANSPOSED, Step, activation_bounds, mean_axes, operands, output_nodes, source_of
+from gradbits.nn.graph import (
+    TRANSPOSED,
+    Step,
+    activation_bounds,
+    mean_axes,
+    operands,
+    output_nodes,
+    source_of,
+    window_of,
+)
 from gradbits.nn.integer import (
-    Apply,
     Clamp,
     Codes,
     Dequantize,
     IntegerCat,
     IntegerLayer,
     IntegerMean,
-    IntegerModel,
     IntegerSum,
     Quantize,
-    Ref,
     Shape,
 )
+from gradbits.nn.integer_model import Apply, IntegerModel, Ref
 from gradbits.quantizers.quantizer import Quantizer
 
 if TYPE_CHECKING:
@@ -208,10 +216,10 @@ class _Builder:
             return
         inputs = node.all_input_nodes
         args, kwargs = _referring(node.args, inputs), _referring(node.kwargs, inputs)
-        if node.target is torch.nn.functional.pad and codes is not None:
+        if node.target is F.pad and codes is not None:
             kwargs = {**kwargs, "value": codes.zero}
             args = args[:3]
-        if node.target is torch.nn.functional.dropout:
+        if node.target is F.dropout:
             kwargs = {**kwargs, "training": False}
             args = args[:2]
         target: Any = node.target
@@ -299,7 +307,9 @@ def _averaged(node: Node, model: nn.Module) -> dict[str, Any]:
             return {"axes": None, "window": window, "stride": stride}
         dims = {nn.AdaptiveAvgPool1d: 1, nn.AdaptiveAvgPool2d: 2, nn.AdaptiveAvgPool3d: 3}[type(module)]
         return {"axes": tuple(range(-dims, 0))}
-    axes = mean_axes(node)
+    if node.target is F.avg_pool2d and (found := window_of(node)) is not None:
+        return {"axes": None, "window": found[0], "stride": found[1]}
+    axes = mean_axes(node) if node.target in (torch.mean, "mean") else None
     if axes is not None:
         keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
         return {"axes": axes, "keep": bool(keep)}

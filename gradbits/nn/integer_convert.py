@@ -6,8 +6,8 @@ from torch import nn
 
 from gradbits.core.checks import check_module
 from gradbits.core.errors import GraphError
-from gradbits.nn.integer import IntegerModel
 from gradbits.nn.integer_build import build
+from gradbits.nn.integer_model import IntegerModel
 from gradbits.nn.qat import graph_forward
 
 

@@ -26,7 +26,8 @@ def scale_gradient(
     >>> [round(g, 4) for g in scale_gradient(torch.tensor([2.0, -2.0]), x, q, 0.5).tolist()]
     [2.0667, -1.9333]
     """
-    return grad * (1.0 + delta * torch.sign(grad) * (normalised - discretized))
+    error = (normalised - discretized).mul_(torch.sign(grad)).mul_(delta).add_(1.0)
+    return error.mul_(grad)
 
 
 def discretize(x: torch.Tensor, levels: int, delta: float = 0.0) -> torch.Tensor:
@@ -104,20 +105,25 @@ class EWGS(STE):
         shape = grain.scale_shape(x.shape)
         low, high = open_interval(*(state[name].detach().float().reshape(shape) for name in ("low", "high")))
         width, steps, grad = high - low, grid.steps, grad.float()
-        place = (x.detach().float() - low) / width
-        normalised = place.clamp(0.0, 1.0)
-        discretized = torch.round(normalised * steps) / steps
+        delta = float(state["delta"])
+        place = (x.detach().float() - low).div_(width)
+        outside = (place < 0.0) | (place > 1.0) if self.clip else None
         learned: dict[str, torch.Tensor] = {}
+        discretized = place.clamp(0.0, 1.0).mul_(steps).round_().div_(steps)
         if "output_scale" in state:
             factor = state["output_scale"].detach().float().reshape(())
             learned["output_scale"] = (grad * (2.0 * discretized - 1.0)).sum() * torch.sign(factor)
             grad = grad * (2.0 * factor.abs())
         elif grid.signed:
             grad = 2.0 * grad
-        grad = scale_gradient(grad, normalised, discretized, state["delta"].float()) / width
-        grad = grad.masked_fill((place < 0.0) | (place > 1.0), 0.0) if self.clip else grad
-        learned["low"] = grain.split(grad * (place - 1.0)).sum(-1)
-        learned["high"] = -grain.split(grad * place).sum(-1)
+        if delta:
+            grad = scale_gradient(grad, place.clamp(0.0, 1.0), discretized, delta)
+        grad = grad / width
+        if outside is not None:
+            grad.masked_fill_(outside, 0.0)
+        # sums over groups of g (x_n - 1) and -g x_n
+        total, moment = (grain.split(t).sum(-1) for t in (grad, place.mul_(grad)))
+        learned["low"], learned["high"] = moment - total, -moment
         divisor = math.sqrt(max(x.numel(), 1) * steps) if self.normalise else 1.0
         found = {
             name: finite_or_zero(value.reshape(state[name].shape) / divisor).to(state[name].dtype)

@@ -17,7 +17,8 @@ import gradbits as gb
 from gradbits.core.errors import ArgumentError, GraphError
 from gradbits.export.onnx_model import onnx_model
 from gradbits.export.runtime import Runtime, float_onnx, latencies
-from gradbits.nn.integer import IntegerLayer, IntegerModel
+from gradbits.nn.integer import IntegerLayer
+from gradbits.nn.integer_model import IntegerModel
 
 integers: Any = import_module("tests.nn.integers")
 NAMES, batch, trained = integers.NAMES, integers.batch, integers.trained

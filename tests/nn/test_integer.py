@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gradbits as gb
-from gradbits.core.errors import GraphError
+from gradbits.core.errors import ArgumentError, GraphError
 from gradbits.kernels.fixed_point import Multiplier
-from gradbits.nn.integer import Codes, Dequantize, IntegerLayer, IntegerModel, Quantize, Shape
+from gradbits.nn.integer import Codes, Dequantize, IntegerLayer, Quantize, Shape
+from gradbits.nn.integer_model import IntegerModel
 from gradbits.nn.qat import graph_forward
 
 integers: Any = import_module("tests.nn.integers")
@@ -272,6 +273,43 @@ def test_sums_that_could_overflow_are_refused():
     net(torch.randn(2, 70_000))
     with pytest.raises(GraphError, match="70000 products in a sum could overflow int32"):
         gb.convert_(net)
+
+
+def test_what_a_converted_model_does_not_take():
+    model = gb.convert_(trained("small_cnn"))
+    with pytest.raises(ArgumentError, match="got 0; the model takes input"):
+        model()
+    with pytest.raises(ArgumentError, match="must have 4 axes and 2 channels"):
+        model(torch.randn(2, 3, 9, 9))
+    with pytest.raises(ArgumentError, match="must have 4 axes and 2 channels"):
+        model(torch.randn(2, 9, 9))
+    linear = gb.convert_(trained("mlp"))
+    with pytest.raises(ArgumentError, match="must have 162 features"):
+        linear(torch.randn(2, 2, 3))
+
+
+def test_averages_over_windows_and_values_added_in_place():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.relu = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 1), nn.ReLU(inplace=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.relu(self.a(x))
+            y = self.b(x)
+            y += x
+            y = F.avg_pool2d(self.relu(y), 3, stride=2)
+            return F.adaptive_avg_pool2d(y, (1, 1)).flatten(1)
+
+    torch.manual_seed(0)
+    net, x = Net(), batch()[0]
+    with torch.no_grad():
+        exact = net(x)
+    gb.quantize_(net, "qat_int8")
+    net(x)
+    want = net.eval()(x).detach()
+    assert float((want - exact).norm() / exact.norm()) < 0.05
+    assert torch.equal(gb.convert_(net)(x), want)
 
 
 def test_fresh_models_are_float():

@@ -73,8 +73,9 @@ def test_the_delay_is_float_and_follows_the_ranges():
     gb.dequantize_(plain)
     with torch.no_grad():  # weights on the grid already: activations alone decide
         for i in (0, 4):
+            signs = torch.randint(-1, 2, net[i].weight.shape, generator=torch.Generator().manual_seed(i))
             for module in (net[i], plain[i]):
-                module.weight.copy_(torch.randint(-1, 2, module.weight.shape, generator=torch.Generator().manual_seed(i)))
+                module.weight.copy_(signs)
     net[1].eval()
     plain[1].eval()
     x = batch()[0]
