@@ -2,7 +2,7 @@
 
 from gradbits import nn, observe, optim, quantizers
 from gradbits.core.qtensor import QTensor
-from gradbits.nn import Report, dequantize_, pack_activations, quantize_, report
+from gradbits.nn import Report, dequantize_, fuse_, pack_activations, quantize_, report
 from gradbits.recipes import Recipe, recipe, recipes
 
 __version__ = "0.1.0"
@@ -11,6 +11,7 @@ __all__ = [
     "Recipe",
     "Report",
     "dequantize_",
+    "fuse_",
     "nn",
     "observe",
     "optim",

@@ -32,6 +32,7 @@ class Assignment:
         compute: ``"auto"``, ``"integer"`` or ``"simulate"``.
         on_nonfinite: ``"propagate"``, ``"raise"`` or ``"skip"``.
         slots: operand -> name of its state; operands with equal quantizers share one.
+        seen: shapes of the operands in the layer's last call, and the input's spatial size; None before the first.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Assignment:
     compute: str
     on_nonfinite: str
     slots: dict[tuple[str, str], str] = field(default_factory=dict)
+    seen: tuple[dict[str, torch.Size], tuple[int, ...]] | None = field(default=None, compare=False)
 
 
 class QuantizerStates(nn.Module):
@@ -95,7 +97,9 @@ class Quantized:
             learned=tuple(learned),
         )
         with torch.autocast(device, enabled=False):
-            return QuantizedProduct.apply(x, weight, bias, call, *learned.values())
+            y: torch.Tensor = QuantizedProduct.apply(x, weight, bias, call, *learned.values())
+        a.seen = ({"input": x.shape, "weight": weight.shape, "gradient": y.shape}, size)
+        return y
 
     def learned(self) -> dict[tuple[str, str], torch.Tensor]:
         """Return the learned entries of the forward operands' states by (role, name)."""
