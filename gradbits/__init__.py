@@ -2,7 +2,7 @@
 
 from gradbits import export, nn, observe, optim, quantizers
 from gradbits.core.qtensor import QTensor
-from gradbits.nn import Report, convert_, dequantize_, pack_activations, quantize_, report
+from gradbits.nn import Report, convert_, dequantize_, fuse_, pack_activations, quantize_, report
 from gradbits.optim import gradient_l1, record_activations
 from gradbits.recipes import Recipe, recipe, recipes
 
@@ -14,6 +14,7 @@ __all__ = [
     "convert_",
     "dequantize_",
     "export",
+    "fuse_",
     "gradient_l1",
     "nn",
     "observe",

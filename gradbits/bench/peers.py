@@ -13,7 +13,8 @@ from torch import nn
 
 from gradbits.bench.contest import UnavailableError
 from gradbits.kernels import machine
-from gradbits.nn import quantize_
+from gradbits.nn import fuse_, quantize_
+from gradbits.nn.norm import NORMS
 from gradbits.recipes import recipe
 
 FP32, FP32_COMPILED = "fp32 eager", "fp32 compiled"
@@ -37,6 +38,7 @@ class Variant:
         compiled: whether ``torch.compile`` has it.
         torchao: whether torchao's int8 mixed-precision training computes its linear layers.
         keep_float: in place of the recipe's own, where given.
+        fuse: whether ``fuse_`` has its batch norms.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Variant:
     compiled: bool = False
     torchao: bool = False
     keep_float: tuple[str, ...] | None = None
+    fuse: bool = False
 
     @property
     def ours(self) -> bool:
@@ -71,6 +74,8 @@ class Variant:
             chosen = recipe(self.recipe)
             kept = chosen.keep_float if self.keep_float is None else self.keep_float
             quantize_(model, chosen.with_overrides({"keep_float": kept}))
+        if self.fuse and any(isinstance(module, NORMS) for module in model.modules()):
+            fuse_(model)
         if not self.compiled:
             return model
         if machine.compiler() is None:
@@ -93,6 +98,7 @@ def variants(
     compiled: bool = True,
     torchao: bool = True,
     keep_float: tuple[str, ...] | None = None,
+    fuse: bool = True,
 ) -> tuple[Variant, ...]:
     """Return everybody who computes a model: fp32 and bf16, each recipe alone and within bf16, torchao.
 
@@ -101,6 +107,7 @@ def variants(
         compiled: whether compiled ones take part.
         torchao: whether torchao does.
         keep_float: in place of the recipes' own, where given.
+        fuse: whether recipes compete with ``fuse_``.
     """
     all_of = [
         Variant(name=FP32),
@@ -109,8 +116,8 @@ def variants(
         Variant(name=BF16_COMPILED, autocast=True, compiled=True),
     ]
     for name in recipes:
-        all_of.append(Variant(name=name, recipe=name, keep_float=keep_float))
-        all_of.append(Variant(name=name + AROUND, recipe=name, autocast=True, keep_float=keep_float))
+        all_of.append(Variant(name=name, recipe=name, keep_float=keep_float, fuse=fuse))
+        all_of.append(Variant(name=name + AROUND, recipe=name, autocast=True, keep_float=keep_float, fuse=fuse))
     if torchao:
         all_of.append(Variant(name=TORCHAO, torchao=True))
         all_of.append(Variant(name=TORCHAO_COMPILED, torchao=True, compiled=True))

@@ -97,6 +97,7 @@ def step(
         typer.Option(help="A recipe; repeatable. Default: int8_dynamic, unified_int8.", show_default=False),
     ] = None,
     compiled: Annotated[bool, typer.Option(help="Let torch.compile take part: minutes to compile.")] = True,
+    fuse: Annotated[bool, typer.Option(help="Let recipes compute batch norms with their ReLU, by fuse_.")] = True,
     torchao: Annotated[bool, typer.Option(help="Let torchao's int8 training take part where it is installed.")] = True,
     threads: Threads = None,
     repeats: Repeats = None,
@@ -117,7 +118,7 @@ def step(
     recipes = tuple(dict.fromkeys(recipe or RECIPES))
     for name in recipes:
         build_recipe(name)
-    who = variants(recipes, compiled=compiled and not quick, torchao=torchao)
+    who = variants(recipes, compiled=compiled and not quick, torchao=torchao, fuse=fuse)
     _hold(lambda: (step_work(name, who, quick=quick) for name in names), threads, repeats, clock, quick, json, chart)
 
 

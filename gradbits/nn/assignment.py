@@ -24,6 +24,7 @@ class Assignment:
         slots: operand -> name of its state; operands with equal quantizers share one.
         seen: while set, the layer computes so that autograd can differentiate it twice, see
             ``gradbits.nn.twice.twice_differentiable``.
+        shapes: of the operands in the layer's last call, and the input's spatial size; None before the first.
         link: what ties the layer to a graph that quantizes its input and folds its batch norm, or None.
     """
 
@@ -33,6 +34,7 @@ class Assignment:
     on_nonfinite: str
     slots: dict[tuple[str, str], str] = field(default_factory=dict)
     seen: Seen | None = None
+    shapes: tuple[dict[str, torch.Size], tuple[int, ...]] | None = field(default=None, compare=False)
     link: GraphLink | None = None
 
 

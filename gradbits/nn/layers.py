@@ -93,7 +93,9 @@ class Quantized:
                 bias = a.recipe.output.weight.range.scaled_bias(bias, call.state_of("output", "weight"))
             if a.seen is not None:
                 return call.twice({"input": x, "weight": weight}, bias, a.seen)
-            return QuantizedProduct.apply(x, weight, bias, call, *learned.values())
+            y: torch.Tensor = QuantizedProduct.apply(x, weight, bias, call, *learned.values())
+        a.shapes = ({"input": x.shape, "weight": weight.shape, "gradient": y.shape}, size)
+        return y
 
     def __prepare_scriptable__(self) -> None:  # the name that torch.jit.script looks for
         refuse_script(self.assignment.name)

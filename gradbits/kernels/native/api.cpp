@@ -54,4 +54,6 @@ GB_API int gradbits_pack(int level, const PackArgs* args) { return table(level)-
 GB_API int gradbits_unpack(int level, const PackArgs* args) { return table(level)->unpack(args); }
 
 GB_API int gradbits_sums(int level, const SumsArgs* args) { return table(level)->sums(args); }
+
+GB_API int gradbits_norm(int level, const NormArgs* args) { return table(level)->norm(args); }
 }

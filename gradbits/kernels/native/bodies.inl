@@ -11,5 +11,6 @@ namespace {
 #include "columns.inl"
 #include "pack.inl"
 #include "sums.inl"
+#include "norm.inl"
 }  // namespace
 }  // namespace GB_ISA

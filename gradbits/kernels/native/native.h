@@ -80,6 +80,18 @@ struct SumsArgs {
     int32_t threads;
 };
 
+// Batch norm with shortcut and ReLU on `total` values in rows of `lanes`; parameters hold `lanes` entries.
+struct NormArgs {
+    const void *x, *other, *g;  // its input, the shortcut or null, the gradient of the result
+    void *y, *rest;             // result, or gradient of x; gradient of the shortcut or null
+    uint8_t* mask;              // which results are positive, or null where no ReLU follows
+    const float *scale, *shift, *offset, *slope;
+    float* sums;  // [tasks, 2, lanes]
+    int64_t total, lanes, size;  // `size`: rows of one task
+    int32_t dtype, kind, threads;
+};
+enum { GB_NORM_SUMS = 0, GB_NORM_FORWARD = 1, GB_NORM_BACKWARD = 2 };
+
 struct Kernels {
     const char* name;
     int (*quantize)(const QuantizeArgs*);
@@ -89,6 +101,7 @@ struct Kernels {
     int (*pack)(const PackArgs*);
     int (*unpack)(const PackArgs*);
     int (*sums)(const SumsArgs*);
+    int (*norm)(const NormArgs*);
 };
 
 extern const Kernels gb_avx512, gb_avx2, gb_portable;

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from gradbits.core.checks import check_integer
+from gradbits.nn import norm_relu
 
 
 class Block(nn.Module):
@@ -25,8 +25,8 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the block's output, [batch, out, height / stride, width / stride]."""
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+        y = norm_relu(self.bn1, self.conv1(x))
+        return norm_relu(self.bn2, self.conv2(y), self.shortcut(x))
 
 
 class ResNet(nn.Module):
@@ -49,7 +49,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits, [batch, classes]."""
-        x = self.stages(F.relu(self.bn(self.conv(x))))
+        x = self.stages(norm_relu(self.bn, self.conv(x)))
         return self.head(x.mean(dim=(2, 3)))
 
 
