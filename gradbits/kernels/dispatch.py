@@ -23,6 +23,7 @@ BACKENDS = (
     "gradbits.kernels.onednn",
     "gradbits.kernels.quantize",
     "gradbits.kernels.coding",
+    "gradbits.kernels.buckets",
     "gradbits.kernels.reference",
     "gradbits.kernels.simulate",
 )

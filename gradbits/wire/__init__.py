@@ -1,0 +1,1 @@
+"""Codecs for gradients on the wire: encode, decode, error feedback, entropy coding, frames."""
