@@ -24,6 +24,7 @@ BACKENDS = (
     "gradbits.kernels.quantize",
     "gradbits.kernels.coding",
     "gradbits.kernels.buckets",
+    "gradbits.kernels.huffman_symbols",
     "gradbits.kernels.reference",
     "gradbits.kernels.simulate",
 )

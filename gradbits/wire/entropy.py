@@ -94,7 +94,7 @@ class Huffman(EntropyCodec):
         Han et al., Deep Compression, ICLR 2016, arXiv:1510.00149; Huffman, A Method for the Construction of
         Minimum-Redundancy Codes, 1952.
 
-    >>> from gradbits.wire.qsgd import QSGD
+    >>> from gradbits.wire.methods.qsgd import QSGD
     >>> codec = Huffman(codec=QSGD(bits=4, bucket=4096))
     >>> _ = torch.manual_seed(0)
     >>> payload = codec.encode(torch.randn(65536))
@@ -127,7 +127,7 @@ class Zstd(EntropyCodec):
     Raises:
         MissingDependencyError: the package ``zstandard`` is not installed.
 
-    >>> from gradbits.wire.qsgd import QSGD
+    >>> from gradbits.wire.methods.qsgd import QSGD
     >>> Zstd(codec=QSGD()).encode(torch.zeros(100_000)).nbytes < 2000
     True
     """

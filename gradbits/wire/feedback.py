@@ -38,7 +38,7 @@ class ErrorFeedback(Codec):
         Speech DNNs, Interspeech 2014; Karimireddy et al., Error Feedback Fixes SignSGD and other Gradient Compression
         Schemes, ICML 2019, arXiv:1901.09847.
 
-    >>> from gradbits.wire.qsgd import QSGD
+    >>> from gradbits.wire.methods.qsgd import QSGD
     >>> codec, state = ErrorFeedback(codec=QSGD(bits=2)), {}
     >>> x = torch.tensor([1.0, 0.1])
     >>> sent = codec.decode(codec.encode(x, state=state))

@@ -1,4 +1,4 @@
-"""Where codecs are found: every file of this package may define some."""
+"""Where codecs are found: every file of ``gradbits.wire.methods`` may define some."""
 
 from __future__ import annotations
 
@@ -19,26 +19,19 @@ ENTROPY = ("huffman", "zstd")
 
 @lru_cache(maxsize=1)
 def codecs() -> dict[str, type[Codec]]:
-    """Return every codec's class by name; wrappers, which take another codec, are not among them.
+    """Return every codec's class by name; the wrappers, which take another codec, are not among them.
 
     >>> "qsgd" in codecs()
     True
     """
     found: dict[str, type[Codec]] = {}
-    package = import_module("gradbits.wire")
-    for module in pkgutil.iter_modules(package.__path__):
-        for value in vars(import_module(f"gradbits.wire.{module.name}")).values():
-            if isinstance(value, type) and issubclass(value, Codec) and not _is_base(value):
+    package = import_module("gradbits.wire.methods")
+    for _, name, _ in pkgutil.iter_modules(package.__path__):
+        module = import_module(f"gradbits.wire.methods.{name}")
+        for value in vars(module).values():
+            if isinstance(value, type) and issubclass(value, Codec) and value.__module__ == module.__name__:
                 found[value().name] = value
     return dict(sorted(found.items()))
-
-
-def _is_base(kind: type[Codec]) -> bool:
-    """Return whether ``kind`` is a base class or a wrapper: it cannot be built as it is, or has no name."""
-    try:
-        return not kind().name
-    except (TypeError, NotImplementedError):
-        return True
 
 
 def codec(name: str | Codec, *, entropy: str | None = None, feedback: bool | None = None, **options: Any) -> Codec:
