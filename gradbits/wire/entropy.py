@@ -9,19 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from gradbits.core.checks import check_instance, check_integer
 from gradbits.core.errors import ArgumentError, CorruptDataError, MissingDependencyError
 from gradbits.core.packing import symbol_bytes
 from gradbits.kernels.dispatch import Request, run
-from gradbits.kernels.huffman import code_lengths
-from gradbits.kernels.huffman_stream import chunk_for, dumps, dumps_size, loads
+from gradbits.kernels.huffman import code_lengths, encoded_bits
+from gradbits.kernels.huffman_symbols import count_symbols, decode_symbols, encode_symbols
 from gradbits.kernels.quantize import Noise
 from gradbits.wire.codec import MAX_ELEMENTS, Codec, Payload, State
 
 CODES, HUFFMAN, ZSTD = "codes", "huffman", "zstd"
+_LONGEST = 11  # bits of a Huffman code: what is decoded fastest, and 1 in 2048 costs little
 _MAX_RATIO = 256  # a coded part that is shorter than this is filled with zeros, so that a receiver's memory is bounded
 
 
@@ -83,8 +83,8 @@ class EntropyCodec(Codec):
 class Huffman(EntropyCodec):
     r"""Canonical Huffman coding of the symbols, :math:`H \le \text{bits per symbol} < H + 1` with their entropy H.
 
-    The code is made from the symbols of each payload and travels with it, half a byte or less per level. Chunks of 1024
-    to 4096 symbols begin on a byte, so that they are decoded in parallel. Known as gradient quantization with Huffman
+    The code is made from the symbols of each payload and travels with it, half a byte or less per level. Chunks of 8192
+    symbols begin on a byte, so that they are decoded in parallel. Known as gradient quantization with Huffman
     coding (GQH) in the survey literature.
 
     Args:
@@ -106,14 +106,13 @@ class Huffman(EntropyCodec):
         codes, count = payload.parts[CODES], payload.numel
         if not count:
             return payload
-        host = codes.cpu()
-        symbols = run("unpack_symbols", Request("cpu"), "auto", host, payload.bits, count).numpy()
-        counts = np.bincount(symbols, minlength=1 << payload.bits)
-        lengths, chunk = code_lengths(counts), chunk_for(count)
-        if dumps_size(counts, lengths, chunk=chunk)[0] >= codes.numel():
+        symbols = run("unpack_symbols", Request(codes.device.type), "auto", codes, payload.bits, count)
+        counts = count_symbols(symbols, 1 << payload.bits).cpu().numpy()
+        lengths = code_lengths(counts, limit=_LONGEST)
+        if encoded_bits(counts, lengths) >= 8 * codes.numel():
             return payload
-        blob = dumps(symbols, lengths, chunk=chunk)
-        return _replaced(payload, CODES, HUFFMAN, blob) if len(blob) < codes.numel() else payload
+        coded = encode_symbols(symbols, torch.from_numpy(lengths))
+        return _replaced(payload, CODES, HUFFMAN, coded) if coded.numel() < codes.numel() else payload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +142,7 @@ class Zstd(EntropyCodec):
         codes = payload.parts[CODES]
         blob = _zstandard().ZstdCompressor(level=self.level).compress(codes.cpu().numpy().data)
         blob += bytes(max(0, -(-codes.numel() // _MAX_RATIO) - len(blob)))
-        return _replaced(payload, CODES, ZSTD, blob) if len(blob) < codes.numel() else payload
+        return _replaced(payload, CODES, ZSTD, _as_tensor(blob)) if len(blob) < codes.numel() else payload
 
 
 def plain(payload: Payload) -> Payload:
@@ -162,26 +161,24 @@ def plain(payload: Payload) -> Payload:
         raise CorruptDataError(f"payload: parts {', '.join(coded)} of {blob.dtype} do not fit together")
     if payload.numel > MAX_ELEMENTS:
         raise CorruptDataError(f"payload: shape {list(payload.shape)} is not possible")
-    data = blob.cpu().numpy().data
     if coded[0] == ZSTD:
-        return _replaced(payload, ZSTD, CODES, _unzstd(data, symbol_bytes(payload.bits, payload.numel)))
-    symbols, used = loads(data, max_symbols=payload.numel)
-    if used != len(data) or symbols.size != payload.numel:
-        raise CorruptDataError(f"payload: {symbols.size} Huffman symbols for {payload.numel} elements")
-    if symbols.size and int(symbols.max()) >= 1 << payload.bits:
+        return _replaced(payload, ZSTD, CODES, _unzstd(blob, symbol_bytes(payload.bits, payload.numel)))
+    symbols = decode_symbols(blob, max_symbols=payload.numel)
+    if symbols.numel() != payload.numel:
+        raise CorruptDataError(f"payload: {symbols.numel()} Huffman symbols for {payload.numel} elements")
+    if symbols.numel() and int(symbols.max()) >= 1 << payload.bits:
         raise CorruptDataError(f"payload: a Huffman symbol is {int(symbols.max())}; symbols have {payload.bits} bits")
-    narrow = torch.from_numpy(symbols.astype(np.uint8))
-    packed = run("pack_symbols", Request("cpu"), "auto", narrow, payload.bits).to(blob.device)
-    return replace(payload, parts={**{k: v for k, v in payload.parts.items() if k != HUFFMAN}, CODES: packed})
+    packed = run("pack_symbols", Request(blob.device.type), "auto", symbols, payload.bits)
+    return _replaced(payload, HUFFMAN, CODES, packed)
 
 
-def _replaced(payload: Payload, old: str, new: str, data: bytes) -> Payload:
-    raw = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(payload.parts[old].device)
-    return replace(payload, parts={**{k: v for k, v in payload.parts.items() if k != old}, new: raw})
+def _replaced(payload: Payload, old: str, new: str, data: torch.Tensor) -> Payload:
+    kept = {name: part for name, part in payload.parts.items() if name != old}
+    return replace(payload, parts={**kept, new: data.to(payload.parts[old].device)})
 
 
-def _unzstd(data: memoryview, size: int) -> bytes:
-    zstd = _zstandard()
+def _unzstd(blob: torch.Tensor, size: int) -> torch.Tensor:
+    zstd, data = _zstandard(), blob.cpu().numpy().data
     if size > len(data) * _MAX_RATIO:
         raise CorruptDataError(f"payload: {size} bytes of codes claimed in {len(data)} bytes of Zstandard")
     try:
@@ -191,7 +188,11 @@ def _unzstd(data: memoryview, size: int) -> bytes:
         raise CorruptDataError(f"payload: Zstandard data is damaged: {error}") from None
     if len(codes) != size:
         raise CorruptDataError(f"payload: Zstandard data of {declared} bytes; must be {size} bytes of codes")
-    return bytes(codes)
+    return _as_tensor(codes)
+
+
+def _as_tensor(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
 
 
 def _zstandard() -> Any:
