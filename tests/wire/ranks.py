@@ -18,9 +18,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import gradbits as gb
 
 
-def net(seed=0):
-    torch.manual_seed(seed)  # the same start on all ranks
-    return nn.Sequential(nn.Linear(20, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 33), nn.ReLU(), nn.Linear(33, 5))
+def net(norm=True):
+    torch.manual_seed(0)  # the same start on all ranks
+    first = [nn.Linear(20, 64), nn.BatchNorm1d(64)] if norm else [nn.Linear(20, 64)]  # a norm makes DDP send buffers
+    return nn.Sequential(*first, nn.ReLU(), nn.Linear(64, 33), nn.ReLU(), nn.Linear(33, 5))
 
 
 def batch(rank, step):
@@ -58,22 +59,29 @@ def work(rank, world, path, timeout):
     dist.init_process_group(
         "gloo", init_method=f"file://{path}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=timeout)
     )
-    main(rank, world)
-    dist.barrier()
+    if main(rank, world) != "alone":
+        dist.barrier()
     open(f"{path}.{rank}", "w").close()
     os._exit(0)  # the ordinary end of a gloo group can wait for its own thread forever
 
 
 if __name__ == "__main__":
-    arguments = (int(sys.argv[2]), sys.argv[1], float(sys.argv[3]))
-    mp.start_processes(work, args=arguments, nprocs=int(sys.argv[2]), start_method="fork")  # imports once
+    path, world, timeout = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+    context = mp.get_context("fork")  # imports once
+    ranks = [context.Process(target=work, args=(rank, world, path, timeout)) for rank in range(world)]
+    for each in ranks:
+        each.start()
+    for each in ranks:
+        each.join()
 '''
 
 
-def run_ranks(tmp_path: Path, main: str, world: int = 2, timeout: float = 60) -> str:
+def run_ranks(
+    tmp_path: Path, main: str, world: int = 2, timeout: float = 60, lost: tuple[int, ...] = ()
+) -> str:
     """Run ``main(rank, world)``, whose source is given, on ``world`` processes; return what they printed.
 
-    All of them must reach its end.
+    All of them must reach its end, except those in ``lost``.
     """
     script = tmp_path / "ranks.py"
     script.write_text(HEAD + textwrap.dedent(main) + TAIL)
@@ -87,7 +95,6 @@ def run_ranks(tmp_path: Path, main: str, world: int = 2, timeout: float = 60) ->
         check=False,
         env=environment,
     )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     ends = {path.suffix for path in tmp_path.glob(f"{rendezvous.name}.*")}
-    assert ends == {f".{rank}" for rank in range(world)}, "not every rank reached the end"
+    assert ends == {f".{rank}" for rank in range(world) if rank not in lost}, (done.stdout + done.stderr)[-4000:]
     return done.stdout
