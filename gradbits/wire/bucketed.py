@@ -24,15 +24,16 @@ from gradbits.wire.codec import (
     Payload,
     State,
     check_bucket,
+    check_finite,
     check_payload,
-    check_values,
+    flat_values,
     noise_key,
     restore,
 )
 
 NORMS = {"l2": 2.0, "linf": float("inf")}
 LAYOUTS = ("signed", "magnitude")
-_GAP = np.float32(2.0**-126)  # between levels: its reciprocal is finite
+_GAP = np.float32(2.0**-127)  # between levels: its reciprocal is finite
 _ONE = np.float32(1.0)
 
 
@@ -64,12 +65,14 @@ class LevelCodec(Codec):
         raise NotImplementedError
 
     def encode(self, x: torch.Tensor, key: Noise = None, state: State | None = None) -> Payload:
-        flat = check_values(x)
+        flat = flat_values(x)
         noise = noise_key(key, flat.numel())
         levels = self.levels(state).to(flat.device)
         request = Request(flat.device.type)
-        norms = run("bucket_norms", request, "auto", flat, self.bucket, NORMS[self.norm])
-        codes = run("encode_buckets", request, "auto", flat, norms, levels, self.bucket, self.bits, noise)
+        norms = torch.empty(-(-flat.numel() // self.bucket), device=flat.device)
+        order = NORMS[self.norm]
+        codes = run("encode_buckets", request, "auto", flat, norms, levels, self.bucket, self.bits, noise, order)
+        check_finite(norms)
         return Payload(
             codec=self.name,
             shape=x.shape,

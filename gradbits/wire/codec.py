@@ -162,6 +162,18 @@ class Codec(Spec):
             raise NonFiniteError("statistics: hold NaN or Inf; the levels stay as they are")
 
 
+def flat_values(x: torch.Tensor, name: str = "x") -> torch.Tensor:
+    """Return the values of ``x`` as a flat contiguous float32 tensor.
+
+    Raises:
+        DtypeError: not a real floating-point tensor.
+
+    >>> flat_values(torch.tensor([[1.0, 2.0]], dtype=torch.float16))
+    tensor([1., 2.])
+    """
+    return check_float_tensor(x, name).detach().reshape(-1).to(torch.float32).contiguous()
+
+
 def check_values(x: torch.Tensor, name: str = "x") -> torch.Tensor:
     """Return the values of ``x`` as a flat contiguous float32 tensor; all of them are finite.
 
@@ -172,12 +184,20 @@ def check_values(x: torch.Tensor, name: str = "x") -> torch.Tensor:
     >>> check_values(torch.tensor([[1.0, 2.0]], dtype=torch.float16))
     tensor([1., 2.])
     """
-    flat = check_float_tensor(x, name).detach().reshape(-1).to(torch.float32).contiguous()
+    flat = flat_values(x, name)
     if flat.numel():
-        low, high = torch.aminmax(flat)
-        if not bool(torch.isfinite(low + 0 * high)) or not bool(torch.isfinite(high)):
-            raise NonFiniteError(f"{name}: holds NaN or Inf, or values beyond float32; it was not encoded")
+        check_finite(torch.stack(torch.aminmax(flat)), name)
     return flat
+
+
+def check_finite(found: torch.Tensor, name: str = "x") -> None:
+    """Raise if ``found``, extremes or norms of ``name``, are not finite: then ``name`` is not.
+
+    Raises:
+        NonFiniteError: NaN or Inf.
+    """
+    if not bool(torch.isfinite(found).all()):
+        raise NonFiniteError(f"{name}: holds NaN or Inf, or values beyond float32; it was not encoded")
 
 
 def noise_key(key: Noise, count: int) -> NoiseKey | torch.Tensor:
