@@ -76,14 +76,13 @@ class BucketFlow:
         self._worker.submit(lambda: self._average(entry, gradients), self._fail)
         if bucket.is_last():
             entries, self._open = self._open, []
-            self._worker.submit(self._finish, lambda error: [each.settle(error) for each in entries])
+            self._worker.submit(self._finish, lambda error: _settle(entries, error))
             # runs at the end of this backward pass, before DDP waits for the futures: errors keep their type
             torch.autograd.Variable._execution_engine.queue_callback(self._worker.wait)
         return entry.future.then(_value)
 
     def _fail(self, error: BaseException) -> None:
-        for entry in list(self._open):
-            entry.settle(error)
+        _settle(list(self._open), error)
 
     def _begin(self) -> None:
         self.comm.begin()
@@ -164,6 +163,11 @@ class BucketFlow:
                 "not know"
             )
         return str(name)
+
+
+def _settle(entries: list[_Bucket], error: BaseException) -> None:
+    for entry in entries:
+        entry.settle(error)
 
 
 def _value(future: torch.futures.Future[torch.Tensor | BaseException]) -> torch.Tensor:

@@ -10,6 +10,7 @@ from gradbits.core.errors import CorruptDataError
 from gradbits.core.noise import NoiseKey
 from gradbits.wire.codec import Codec, State
 from gradbits.wire.frame import from_frame, to_frame
+from gradbits.wire.layout import GroupLayout
 from gradbits.wire.transport import Traffic
 
 
@@ -43,7 +44,7 @@ class Encoder:
         return not hasattr(self.codec, "codec")
 
     def encode(
-        self, values: torch.Tensor, group: int, row: int, error: torch.Tensor | None = None
+        self, values: torch.Tensor, layout: GroupLayout, row: int, error: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return the frame of ``values``, to be sent to the owner of ``row`` or, by the owner, to all.
 
@@ -51,29 +52,65 @@ class Encoder:
 
         Args:
             values: flat float32, finite.
-            group: index of the group.
+            layout: of the group.
             row: index of the row.
             error: receives what the encoding loses.
         """
-        if not values.numel():
-            return torch.empty(0, dtype=torch.uint8)
+        frames = []
+        stream = ((self.step << 20 | layout.index) * self.world + self.rank) * self.world + row
         with self.traffic.timed("encode"):
-            stream = ((self.step << 20 | group) * self.world + self.rank) * self.world + row
-            payload = self.codec.encode(values, NoiseKey.of(self.seed, stream), self.state)
-            if error is not None:
-                torch.sub(values, self.codec.decode(payload).view(-1), out=error)
-            return to_frame(payload)
+            for index, piece in enumerate(self._pieces(layout)):
+                key = NoiseKey.of(self.seed + index, stream)
+                payload = self.codec.encode(values[piece], key, self.state)
+                if error is not None:
+                    torch.sub(values[piece], self.codec.decode(payload).view(-1), out=error[piece])
+                frames.append(to_frame(payload))
+            return frames[0] if len(frames) == 1 else _join(frames)
 
-    def decode(self, frame: torch.Tensor, count: int, device: torch.device) -> torch.Tensor:
-        """Return the ``count`` float32 values of a frame.
+    def decode(self, frame: torch.Tensor, layout: GroupLayout, device: torch.device) -> torch.Tensor:
+        """Return the row of float32 values that ``encode`` made the frame of.
 
         Raises:
             CorruptDataError: the frame is damaged or holds something else.
         """
-        if not count:
-            return torch.empty(0, device=device)
+        pieces = self._pieces(layout)
+        values = torch.empty(layout.coded_width, device=device)
         with self.traffic.timed("decode"):
-            payload = from_frame(frame)
-            if payload.shape != (count,) or payload.dtype != torch.float32:
-                raise CorruptDataError(f"frame: holds {payload.dtype} of shape {list(payload.shape)}, not {count} values")
-            return self.codec.decode(payload).to(device)
+            frames = [frame] if len(pieces) == 1 else _split(frame, len(pieces))
+            for piece, part in zip(pieces, frames, strict=True):
+                payload, count = from_frame(part), piece.stop - piece.start
+                if payload.shape != (count,) or payload.dtype != torch.float32:
+                    found = f"{payload.dtype} of shape {list(payload.shape)}"
+                    raise CorruptDataError(f"frame: holds {found}, not {count} values")
+                decoded = self.codec.decode(payload)
+                if len(pieces) == 1:
+                    return decoded.to(device)
+                values[piece] = decoded.to(device)
+        return values
+
+    def _pieces(self, layout: GroupLayout) -> list[slice]:
+        """Return what is encoded at once: a row where a codec has buckets, else each parameter with its own scale."""
+        if not layout.coded:
+            return []
+        codec = self.codec
+        while hasattr(codec, "codec"):
+            codec = codec.codec
+        if hasattr(codec, "bucket"):
+            return [slice(0, layout.coded_width)]
+        return [slice(slot.start, slot.start + slot.chunk) for slot in layout.coded]
+
+
+def _join(frames: list[torch.Tensor]) -> torch.Tensor:
+    """Return the frames behind a table of their lengths."""
+    if not frames:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.cat([torch.tensor([len(frame) for frame in frames]).view(torch.uint8), *frames])
+
+
+def _split(data: torch.Tensor, count: int) -> list[torch.Tensor]:
+    if len(data) < 8 * count:
+        raise CorruptDataError(f"frame: {len(data)} bytes are too few for {count} parameters")
+    sizes = data[: 8 * count].clone().view(torch.int64).tolist()
+    if any(size < 0 for size in sizes) or sum(sizes) != len(data) - 8 * count:
+        raise CorruptDataError("frame: damaged, its lengths make no sense")
+    return list(data[8 * count :].split(sizes))

@@ -19,7 +19,7 @@ import torch
 from gradbits.core.errors import CorruptDataError, NonFiniteError
 from gradbits.wire.buffers import GroupBuffers
 from gradbits.wire.encoder import Encoder
-from gradbits.wire.layout import Slot
+from gradbits.wire.layout import GroupLayout, Slot
 from gradbits.wire.message import Flag, Message, pack, unpack
 from gradbits.wire.transport import Transport
 
@@ -118,7 +118,7 @@ def reduce_rows(buffers: GroupBuffers, flags: torch.Tensor, encoder: Encoder, tr
         if row == rank:
             messages.append(None)
             continue
-        frame = _encode(encoder, x[row], group, row, None if error is None else error[row], flags)
+        frame = _encode(encoder, x[row], layout, row, None if error is None else error[row], flags)
         message = Message(sender=rank, step=encoder.step, group=group, flags=flags, frame=frame, raw=buffers.raw[row])
         messages.append(pack(message))
         length = len(messages[-1])  # type: ignore[arg-type]
@@ -134,7 +134,7 @@ def reduce_rows(buffers: GroupBuffers, flags: torch.Tensor, encoder: Encoder, tr
             message = unpack(
                 data, sender=sender, step=encoder.step, group=group, flags=len(flags), raw=layout.raw_width
             )
-            coded += encoder.decode(message.frame, layout.coded_width, device)
+            coded += encoder.decode(message.frame, layout, device)
         except CorruptDataError as damage:
             culprit, reason = sender, str(damage)
             continue
@@ -152,7 +152,7 @@ def _spread(
     """Send the own row to all ranks and fill the buffers with all rows; return flags and what arrived damaged."""
     layout, rank = buffers.layout, transport.rank
     error = None if buffers.pending is None else buffers.pending[1]
-    frame = _encode(encoder, reduced.coded, layout.index, rank, error, reduced.flags)
+    frame = _encode(encoder, reduced.coded, layout, rank, error, reduced.flags)
     message = pack(
         Message(
             sender=rank,
@@ -173,7 +173,7 @@ def _spread(
             found = unpack(
                 data, sender=sender, step=encoder.step, group=layout.index, flags=len(flags), raw=layout.raw_width
             )
-            buffers.coded[sender] = encoder.decode(found.frame, layout.coded_width, buffers.coded.device)
+            buffers.coded[sender] = encoder.decode(found.frame, layout, buffers.coded.device)
         except CorruptDataError as damage:
             culprit = Damage(sender=sender, receiver=rank, reason=str(damage))
             continue
@@ -219,14 +219,19 @@ def _drop_nonfinite(rows: torch.Tensor, flags: torch.Tensor, slots: tuple[Slot, 
 
 
 def _encode(
-    encoder: Encoder, row: torch.Tensor, group: int, index: int, error: torch.Tensor | None, flags: torch.Tensor
+    encoder: Encoder,
+    row: torch.Tensor,
+    layout: GroupLayout,
+    index: int,
+    error: torch.Tensor | None,
+    flags: torch.Tensor,
 ) -> torch.Tensor:
     """Return the frame of a row; where a norm is beyond float32, zeros are sent and every parameter is flagged."""
     try:
-        return encoder.encode(row, group, index, error)
+        return encoder.encode(row, layout, index, error)
     except NonFiniteError:
         flags |= Flag.NONFINITE
-        return encoder.encode(row.zero_(), group, index, error)
+        return encoder.encode(row.zero_(), layout, index, error)
 
 
 def _keep_errors(buffers: GroupBuffers, slot: Slot) -> None:

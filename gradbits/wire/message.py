@@ -64,7 +64,7 @@ def pack(message: Message) -> torch.Tensor:
     out[end:] = frame
     kind, culprit = (DATA, NOBODY) if message.culprit is None else (DAMAGED, message.culprit)
     fields = (MAGIC, kind, culprit, message.sender, message.step & 0xFFFFFFFF, message.group, len(frame))
-    body = out.numpy()
+    body = out.numpy().data
     check = zlib.crc32(body[HEADER.size : end], zlib.crc32(HEADER.pack(*fields, 0)))
     HEADER.pack_into(body, 0, *fields, check)
     return out
@@ -81,7 +81,7 @@ def unpack(data: torch.Tensor, *, sender: int, step: int, group: int, flags: int
     Raises:
         CorruptDataError: it is something else, or damaged.
     """
-    body = data.numpy()
+    body = data.numpy().data
     if len(body) < HEADER.size:
         raise CorruptDataError(f"message: has {len(body)} bytes; the header alone has {HEADER.size}")
     magic, kind, culprit, found_sender, found_step, found_group, length, check = HEADER.unpack_from(body, 0)

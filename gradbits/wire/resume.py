@@ -112,7 +112,9 @@ def _checked(comm: CommState, states: Sequence[Mapping[str, Any]]) -> dict[int, 
 def _own_errors(slot: Slot, state: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     residual, owned = state["residual"][slot.name], state["owned"][slot.name]
     if residual.shape != slot.shape or owned.shape != (slot.chunk,):
-        raise ArgumentError(f"state: residual of {slot.name!r} has shape {list(residual.shape)}, not {list(slot.shape)}")
+        raise ArgumentError(
+            f"state: residual of {slot.name!r} has shape {list(residual.shape)}, not {list(slot.shape)}"
+        )
     return residual, owned
 
 

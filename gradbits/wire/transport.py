@@ -51,7 +51,9 @@ class Transport:
         self.rank = dist.get_rank(group)
         self.world = dist.get_world_size(group)
         # gloo moves memory of the host; what is encoded is small, so the way there is cheap
-        self.device = torch.device("cpu" if dist.get_backend(group) != "nccl" else f"cuda:{torch.cuda.current_device()}")
+        self.device = torch.device(
+            "cpu" if dist.get_backend(group) != "nccl" else f"cuda:{torch.cuda.current_device()}"
+        )
 
     def all_to_all(self, messages: Sequence[torch.Tensor | None], length: int | None) -> list[torch.Tensor]:
         """Send ``messages[r]`` (uint8) to rank r and return what every rank sent here; this rank's own is empty.

@@ -8,7 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-HEAD = '''
+HEAD = """
 import datetime, faulthandler, os, sys
 import torch
 import torch.distributed as dist
@@ -49,9 +49,9 @@ def equal_everywhere(values):
     found = [torch.empty_like(values) for _ in range(dist.get_world_size())]
     dist.all_gather(found, values)
     return all(torch.equal(found[0], each) for each in found)
-'''
+"""
 
-TAIL = '''
+TAIL = """
 
 def work(rank, world, path, timeout):
     faulthandler.dump_traceback_later(100, exit=True)  # a hang says where
@@ -73,12 +73,10 @@ if __name__ == "__main__":
         each.start()
     for each in ranks:
         each.join()
-'''
+"""
 
 
-def run_ranks(
-    tmp_path: Path, main: str, world: int = 2, timeout: float = 60, lost: tuple[int, ...] = ()
-) -> str:
+def run_ranks(tmp_path: Path, main: str, world: int = 2, timeout: float = 60, lost: tuple[int, ...] = ()) -> str:
     """Run ``main(rank, world)``, whose source is given, on ``world`` processes; return what they printed.
 
     All of them must reach its end, except those in ``lost``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ranks import run_ranks
 
-REPLICAS = '''
+REPLICAS = """
 CASES = (
     ("qsgd", {}, 8), ("qsgd", {"bits": 2, "feedback": True}, 8), ("terngrad", {}, 4), ("onebit", {"start": 2}, 100),
     ("alq", {"bits": 3, "entropy": "huffman"}, 100),
@@ -27,14 +27,14 @@ def main(rank, world):
             assert not torch.equal(comm.codec_state["levels"], comm.encoding.init_state()["levels"])
         assert comm.ratio > 1.2, (name, comm.ratio)
         assert min(comm.seconds.values()) > 0
-'''
+"""
 
 
 def test_replicas_are_bitwise_equal_after_a_hundred_steps(tmp_path):
     run_ranks(tmp_path, REPLICAS)
 
 
-AVERAGES = '''
+AVERAGES = """
 from gradbits.core.errors import ArgumentError
 
 def gradients(model):
@@ -102,14 +102,14 @@ def main(rank, world):
     # one rank uses a, the other b
     ddp(batch(rank, 2)[0], "ab"[rank]).backward()
     assert equal_everywhere(torch.cat([p.grad.flatten() for p in ddp.parameters()]))
-'''
+"""
 
 
 def test_means_accumulation_clipping_and_parameters_without_gradient(tmp_path):
     run_ranks(tmp_path, AVERAGES)
 
 
-FEEDBACK = '''
+FEEDBACK = """
 from gradbits.core.errors import NonFiniteError
 
 
@@ -181,7 +181,7 @@ def main(rank, world):
         assert comm.residual_scale == 4.0
         scaler.step(optimizer)
         assert not torch.equal(flat(model), weights) and equal_everywhere(flat(model))
-'''
+"""
 
 
 def test_error_feedback_loses_nothing_and_an_overflow_moves_no_state(tmp_path):

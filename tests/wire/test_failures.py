@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ranks import run_ranks
 
-KILLED = '''
+KILLED = """
 import signal, time
 from gradbits.core.errors import WireError
 
@@ -24,7 +24,7 @@ def main(rank, world):
         assert "step 3" in str(error), error
     assert time.monotonic() - started < 40
     return "alone"
-'''
+"""
 
 
 def test_a_killed_rank_is_an_error_that_names_the_step(tmp_path):

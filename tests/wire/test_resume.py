@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ranks import run_ranks
 
-RESUMED = '''
+RESUMED = """
 CASES = (("qsgd", {"bits": 3, "feedback": True}), ("alq", {"entropy": "huffman"}))
 
 
@@ -37,7 +37,7 @@ def main(rank, world):
             assert one[kind].keys() == other[kind].keys()
             assert all(torch.equal(one[kind][name], other[kind][name]) for name in one[kind])
         assert (one["step"], one["sent"], one["seed"]) == (other["step"], other["sent"], other["seed"])
-'''
+"""
 
 
 def test_resuming_on_as_many_ranks_is_bit_identical(tmp_path):
@@ -98,7 +98,7 @@ def test_on_another_number_of_ranks_the_errors_that_wait_are_kept(tmp_path):
     run_ranks(tmp_path, RESIZED, world=3)
 
 
-OFF = '''
+OFF = """
 def main(rank, world):
     # a group of one rank has nothing to send: gradients stay as they are
     single = [dist.new_group([0]), dist.new_group([1])][rank]
@@ -122,7 +122,7 @@ def main(rank, world):
     ddp.register_comm_hook(state, gb.wire.hook)
     train(ddp, torch.optim.SGD(ddp.parameters(), lr=0.05), range(2))
     assert state.step == 2 and state.ratio > 1.5 and equal_everywhere(flat(model))
-'''
+"""
 
 
 def test_off_means_off_and_the_bare_hook_works(tmp_path):
