@@ -63,10 +63,11 @@ def sum_in_pieces(x: torch.Tensor) -> torch.Tensor:
 def bucket_norms(x: torch.Tensor, bucket: int, order: float) -> torch.Tensor:
     r"""Return every bucket's :math:`\|v\|_2` (the sum in float64, see ``sum_in_pieces``) or :math:`\|v\|_\infty`.
 
-    A norm below the smallest normal number is 0, one above the largest number is the largest number.
+    A norm below the smallest normal number is 0, one above the largest number is the largest number. Where a value is
+    not finite, the norm of its bucket is not finite either.
 
     Args:
-        x: flat float32 values, finite.
+        x: flat float32 values.
         bucket: B, values per bucket.
         order: 2 or infinity.
 
@@ -94,11 +95,18 @@ def _norm(rows: torch.Tensor, order: float) -> torch.Tensor:
         norms = sum_in_pieces(rows * rows).sqrt()
     else:
         norms = torch.linalg.vector_norm(rows, float("inf"), dim=1).double()
-    return torch.where(norms < TINY, 0.0, norms.clamp(max=LARGEST)).float()
+    norms = torch.where(norms.isfinite(), norms.clamp(max=LARGEST), norms)
+    return torch.where(norms < TINY, 0.0, norms).float()
 
 
 def encode_buckets(
-    x: torch.Tensor, norms: torch.Tensor, levels: torch.Tensor, bucket: int, bits: int, noise: NoiseKey | torch.Tensor
+    x: torch.Tensor,
+    norms: torch.Tensor,
+    levels: torch.Tensor,
+    bucket: int,
+    bits: int,
+    noise: NoiseKey | torch.Tensor,
+    order: float | None = None,
 ) -> torch.Tensor:
     """Return the packed symbols of ``x``, uint8 of ``symbol_bytes(bits, n)`` bytes.
 
@@ -109,11 +117,15 @@ def encode_buckets(
         bucket: B.
         bits: bits of one symbol, 1 to 8.
         noise: a noise key, or the noise ``v`` in (-1/2, 1/2) itself, float32 [n].
+        order: None where ``norms`` are given; else they are computed first, as by ``bucket_norms``, and written there.
+            One call saves a pass over memory. Symbols in a bucket whose norm is not finite mean nothing.
 
     >>> x, levels = torch.tensor([1.0, -1.0, 0.5]), torch.tensor([-1.0, 0.0, 1.0])
     >>> encode_buckets(x, torch.ones(1), levels, 8, 2, torch.tensor([0.0, 0.0, 0.25])).tolist()
     [18]
     """
+    if order is not None:
+        norms.copy_(bucket_norms(x, bucket, order))
     symbols = torch.empty(x.numel(), dtype=torch.uint8, device=x.device)
     inverse = torch.where(norms > 0, norms.clamp(min=TINY).reciprocal(), 0.0)
     per_gap = (levels[1:] - levels[:-1]).reciprocal()

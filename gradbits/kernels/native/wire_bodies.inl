@@ -2,10 +2,16 @@
 
 namespace GB_ISA {
 namespace {
+#include "noise.inl"
+#include "symbols.inl"
+#include "norms.inl"
+#include "bucket_encode.inl"
+#include "bucket_decode.inl"
 #include "count.inl"
 #include "huffman_tables.inl"
 #include "huffman_encode.inl"
 #include "huffman_decode.inl"
-const WireKernels wire = {huffman_encode, huffman_decode, count};
+const WireKernels wire = {huffman_encode, huffman_decode, count,          pack_symbols,
+                          unpack_symbols, bucket_norms,   encode_buckets, decode_buckets};
 }  // namespace
 }  // namespace GB_ISA
