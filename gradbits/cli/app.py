@@ -22,6 +22,9 @@ VERBS: dict[str, str] = {
     "verify": "storage",
 }
 
+# verb with subcommands -> module of gradbits.cli whose ``build`` returns them
+GROUPS: dict[str, str] = {"bench": "bench"}
+
 
 def build() -> typer.Typer:
     """Return the application with every verb."""
@@ -35,6 +38,8 @@ def build() -> typer.Typer:
     )
     for verb, module in VERBS.items():
         app.command(verb)(getattr(import_module(f"gradbits.cli.{module}"), verb))
+    for verb, module in GROUPS.items():
+        app.add_typer(import_module(f"gradbits.cli.{module}").build(), name=verb)
     return app
 
 
