@@ -29,7 +29,8 @@ class GroupBuffers:
 
     def spare(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return memory for the pending errors."""
-        assert self.residual is not None and self.owned is not None
+        assert self.residual is not None
+        assert self.owned is not None
         if self._spare is None:
             self._spare = (torch.empty_like(self.residual), torch.empty_like(self.owned))
         return self._spare
@@ -37,7 +38,8 @@ class GroupBuffers:
     def commit(self) -> None:
         """Let the pending errors hold."""
         if self.pending is not None:
-            assert self.residual is not None and self.owned is not None
+            assert self.residual is not None
+            assert self.owned is not None
             self._spare = (self.residual, self.owned)
             self.residual, self.owned = self.pending
             self.pending = None

@@ -22,17 +22,18 @@ def compress_(model: nn.Module, codec: str | Codec = "qsgd", **options: Any) -> 
     bytes, so replicas stay bitwise equal. Call it on every rank, after the model is wrapped and before the first step.
 
     Args:
-        model: ``DistributedDataParallel``, or a module to which ``fully_shard`` (FSDP2) was applied, whose gradients are
-            then reduce-scattered in few bits.
+        model: ``DistributedDataParallel``, or a module to which ``fully_shard`` (FSDP2) was applied, whose gradients
+            are then reduce-scattered in few bits.
         codec: a codec or its name, see ``gradbits.wire.codecs()``.
-        options: the codec's, such as ``bits`` and ``bucket``; ``entropy`` and ``feedback`` as in ``gradbits.wire.codec``;
-            ``start``, ``min_elements``, ``group_mb``, ``scale`` and ``on_nonfinite`` as in ``CommState``.
+        options: the codec's, such as ``bits`` and ``bucket``; ``entropy`` and ``feedback`` as in
+            ``gradbits.wire.codec``; ``start``, ``min_elements``, ``group_mb``, ``scale`` and ``on_nonfinite`` as in
+            ``CommState``.
 
     Returns:
         The state: ``bytes_sent``, ``ratio``, ``seconds``, ``state_dict()`` and ``load_state_dict()``.
 
     Raises:
-        ArgumentError, DtypeError: an option that is not legal, a model that is neither, or one that is compressed already.
+        ArgumentError, DtypeError: an option that is not legal, a model that is neither, or one that has a hook already.
 
     Example (on each rank)::
 

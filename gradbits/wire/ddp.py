@@ -1,4 +1,4 @@
-"""Compressed communication for DistributedDataParallel: buckets go into groups of parameters and their mean comes back."""
+"""Compressed communication for DistributedDataParallel: buckets go into groups of parameters, means come back."""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ With x_i the group's gradient on rank i and row r owned by rank r,
           x^{(r)} \leftarrow D(E(\bar x^{(r)}))\ \text{on every rank}
 
 A rank sends W - 1 rows twice: 2 (W - 1) / W encoded gradients, whatever W is. A rank's own part of the sum does not
-travel, so it is not encoded. All ranks, the owner too, take what the same bytes decode to, so replicas stay bitwise equal.
+travel, so it is not encoded. All ranks, the owner too, take what the same bytes decode to, so replicas stay bitwise
+equal.
 """
 
 from __future__ import annotations

@@ -60,8 +60,8 @@ def restore(comm: CommState, states: Sequence[Mapping[str, Any]]) -> None:
     old_world = int(by_rank[min(by_rank)]["world"])
     if len(by_rank) == 1 and (old_world != world or rank not in by_rank) and old_world > 1:
         raise ArgumentError(
-            f"state: of rank {min(by_rank)} of {old_world}; this is rank {rank} of {world}. Give the list of all ranks' "
-            "states to go on with another number of ranks"
+            f"state: of rank {min(by_rank)} of {old_world}; this is rank {rank} of {world}. Give the list of all "
+            "ranks' states to go on with another number of ranks"
         )
     if len(by_rank) > 1 and sorted(by_rank) != list(range(old_world)):
         raise ArgumentError(f"state: of the ranks {sorted(by_rank)}; must be those of all {old_world} ranks, once each")
@@ -81,7 +81,8 @@ def restore(comm: CommState, states: Sequence[Mapping[str, Any]]) -> None:
             buffers.rollback()
     for name, (residual, owned) in residuals.items():
         buffers, slot = slots[name]
-        assert buffers.residual is not None and buffers.owned is not None
+        assert buffers.residual is not None
+        assert buffers.owned is not None
         slot.write(buffers.residual, residual.to(buffers.residual.device))
         buffers.owned[slot.start : slot.start + slot.chunk] = owned.to(buffers.owned.device)
     comm.step, comm.seed, comm.due = int(own["step"]), int(own["seed"]), bool(own["due"])

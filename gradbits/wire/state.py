@@ -31,17 +31,17 @@ class CommState:
     """What ``gradbits.wire.hook`` needs to know and remembers; ``gradbits.compress_`` makes one and registers both.
 
     Args:
-        model: whose parameters are trained; not wrapped, or wrapped by DDP.
+        model: whose parameters are trained, not wrapped or wrapped by DDP; or the parameters by name.
         codec: a codec or its name; ``options`` are its options, with ``entropy`` and ``feedback`` as in
             ``gradbits.wire.codec``.
         start: steps at the beginning that go uncompressed.
-        min_elements: smaller parameters go as they are, in the same messages; so do vectors (biases, norms) below 64
-            times as many.
+        min_elements: smaller parameters go as they are, in the same messages; so do vectors (biases, norms) below
+            64 times as many.
         group_mb: size of the groups of parameters that travel together, in MB of float32.
         scale: returns the factor that losses are multiplied with, as ``scaler.get_scale`` of a GradScaler; residuals
             follow when it changes.
-        on_nonfinite: what a gradient with NaN or Inf does: ``"propagate"`` makes its parameter NaN on all ranks, so that
-            every GradScaler sees it; ``"raise"`` raises on all ranks. No state moves in such a step either way.
+        on_nonfinite: what a gradient with NaN or Inf does: ``"propagate"`` makes that of its parameter NaN on all
+            ranks, so that every GradScaler sees it; ``"raise"`` raises on all ranks. No state moves either way.
         process_group: whose ranks average; None: the default group.
 
     Raises:
@@ -50,7 +50,7 @@ class CommState:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Mapping[str, nn.Parameter],
         codec: str | Codec = "qsgd",
         *,
         start: int = 0,
@@ -61,7 +61,7 @@ class CommState:
         process_group: dist.ProcessGroup | None = None,
         **options: Any,
     ) -> None:
-        self.model = check_module(model)
+        self.model = model if isinstance(model, Mapping) else check_module(model)
         self.codec = find_codec(codec, **options)
         self.start = check_integer(start, "start", 0)
         self.min_elements = check_integer(min_elements, "min_elements", 1)
@@ -94,7 +94,7 @@ class CommState:
 
     @property
     def ratio(self) -> float:
-        """How many times more a ring all-reduce of the same gradients in float32 would have sent; 1 before the first."""
+        """How many times more a ring all-reduce in float32 would have sent; 1 before the first step."""
         return self.traffic.plain / self.traffic.sent if self.traffic.sent else 1.0
 
     @property
@@ -126,6 +126,8 @@ class CommState:
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by name, in the order of the model."""
         module = self.model
+        if isinstance(module, Mapping):
+            return dict(module)
         if isinstance(module, nn.parallel.DistributedDataParallel):
             module = module.module
         ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
@@ -140,9 +142,8 @@ class CommState:
         """
         if self._transport is not None:
             return
-        if not (dist.is_available() and dist.is_initialized()):
-            raise ArgumentError("process_group: there is none; call torch.distributed.init_process_group first")
-        self._transport = Transport(private_group(self.process_group), self.traffic)
+        together = dist.is_available() and dist.is_initialized()
+        self._transport = Transport(private_group(self.process_group) if together else None, self.traffic)
         parameters = self.parameters()
         if layouts is None:
             layouts = make_groups(
@@ -210,8 +211,8 @@ class CommState:
                 f" ({outcome.damage.reason})" for _, outcome in outcomes if outcome.damage and outcome.damage.reason
             )
             raise WireError(
-                f"step {step}, {self.groups[group].layout.title}: the message from rank {sender} arrived damaged at rank "
-                f"{receiver}{reason}; the ranks cannot go on from here"
+                f"step {step}, {self.groups[group].layout.title}: the message from rank {sender} arrived damaged at "
+                f"rank {receiver}{reason}; the ranks cannot go on from here"
             )
         if finite and self.due:
             self._adapt()
@@ -267,7 +268,7 @@ class CommState:
         return "the sum of the ranks' gradients is beyond float32"
 
     def _adapt(self) -> None:
-        """Give every rank the levels that fit all ranks' gradients: the same sum in the same order, so the same bits."""
+        """Give every rank the levels that fit all ranks' gradients; sums in one order give the same bits."""
         own = self._statistics
         if own is None:
             own = torch.zeros_like(self.encoding.statistics(torch.zeros(1)))

@@ -41,13 +41,16 @@ class Transport:
     """Collectives of one process group; every rank must call them in the same order.
 
     Args:
-        group: the process group.
+        group: the process group; None: this process is alone and sends nothing.
         traffic: counts what is sent.
     """
 
-    def __init__(self, group: dist.ProcessGroup, traffic: Traffic) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, traffic: Traffic) -> None:
         self.group = group
         self.traffic = traffic
+        self.rank, self.world, self.device = 0, 1, torch.device("cpu")
+        if group is None:
+            return
         self.rank = dist.get_rank(group)
         self.world = dist.get_world_size(group)
         # gloo moves memory of the host; what is encoded is small, so the way there is cheap
@@ -62,6 +65,8 @@ class Transport:
             messages: one per rank, None at this rank's own place.
             length: bytes of a message where all ranks know that all are equally long; None: sizes are sent ahead.
         """
+        if self.world == 1:
+            return [torch.empty(0, dtype=torch.uint8)]
         with self.traffic.timed("network"):
             empty = torch.empty(0, dtype=torch.uint8)
             parts = [empty if message is None else message for message in messages]
@@ -82,6 +87,8 @@ class Transport:
             message: of this rank.
             length: as in ``all_to_all``.
         """
+        if self.world == 1:
+            return [message]
         with self.traffic.timed("network"):
             if length is None:
                 # the sizes are near each other, so padding costs little; gloo gathers equal sizes only
@@ -94,7 +101,9 @@ class Transport:
             return list(received.cpu())
 
     def gather_values(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the ranks' ``values`` as [world, ...]: the same bits on every rank, whatever is then done with them."""
+        """Return the ranks' ``values`` as [world, ...], the same bits on every rank."""
+        if self.world == 1:
+            return values[None]
         with self.traffic.timed("network"):
             own = values.to(self.device)
             received = own.new_empty(self.world, *own.shape)
@@ -104,6 +113,8 @@ class Transport:
 
     def all_reduce(self, buffer: torch.Tensor) -> None:
         """Replace ``buffer`` by its mean over the ranks, in its own dtype, as DDP does without a hook."""
+        if self.world == 1:
+            return
         with self.traffic.timed("network"):
             buffer.div_(self.world)
             dist.all_reduce(buffer, group=self.group)
