@@ -23,7 +23,8 @@ class OneBitAdam(torch.optim.Optimizer):
               \qquad x \leftarrow x - \alpha\,m / (\sqrt{v} + \epsilon)
 
     with v as it was after the warm-up, and errors e of the workers and of the owners of each part. C sends the signs and
-    the mean magnitude of each parameter's part. There is no bias correction. The relative of ``QuantizedAdam`` that is
+    the mean magnitude of each parameter's part. There is no bias correction, and a coordinate whose gradient was exactly
+    zero through the whole warm-up stays where it is: v says nothing of it, and signs cannot be zero. The relative of ``QuantizedAdam`` that is
     known best: it compresses momentum, not the update, and freezes v. Do not wrap the model in DDP.
 
     Args:
@@ -119,7 +120,9 @@ class OneBitAdam(torch.optim.Optimizer):
             for p in group["params"]:
                 state = self.state[p]
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_((group["lr"] * state["m"] / (state["v"].sqrt() + group["eps"])).to(p.dtype))
+                # signs cannot say zero: a coordinate without gradient in the warm-up would move by lr * |m| / eps
+                move = torch.where(state["v"] > 0, state["m"] / (state["v"].sqrt() + group["eps"]), 0.0)
+                p.sub_((group["lr"] * move).to(p.dtype))
         return loss
 
     def _warm_up(self) -> None:

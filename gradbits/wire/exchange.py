@@ -90,6 +90,7 @@ def average(buffers: GroupBuffers, encoder: Encoder, transport: Transport) -> Ou
         if flags[index]:
             slot.view(buffers.coded).fill_(math.nan if flags[index] & Flag.NONFINITE else 0.0)
             _keep_errors(buffers, slot)
+    _clear_padding(buffers, transport.rank)
     finite = not bool((flags & Flag.NONFINITE).any()) and _is_finite(buffers.raw)
     return Outcome(flags=flags, finite=finite, damage=damage, offender=offender)
 
@@ -110,6 +111,7 @@ def reduce_rows(buffers: GroupBuffers, flags: torch.Tensor, encoder: Encoder, tr
         buffers.pending = buffers.spare()
         error = buffers.pending[0]
         error[rank] = 0
+        buffers.pending[1].zero_()
         x.mul_(encoder.gamma).add_(buffers.residual, alpha=encoder.beta)
         buffers.raw.mul_(encoder.gamma)
         _drop_nonfinite(x, flags, layout.coded)
@@ -145,6 +147,28 @@ def reduce_rows(buffers: GroupBuffers, flags: torch.Tensor, encoder: Encoder, tr
     coded /= transport.world
     raw /= transport.world
     return Reduced(coded=coded, raw=raw, flags=silent | nonfinite, culprit=culprit, reason=reason)
+
+
+def finish_reduced(buffers: GroupBuffers, reduced: Reduced, transport: Transport, offender: int | None) -> Outcome:
+    """End an exchange whose mean stays with its owners: put NaN where a rank had it, and agree on what happened."""
+    layout, rank = buffers.layout, transport.rank
+    _drop_nonfinite(reduced.coded[None], reduced.flags, layout.coded)
+    own = torch.tensor([reduced.culprit if reduced.culprit is not None else -1, int(_is_finite(reduced.raw))])
+    agreed = transport.gather_values(torch.cat([own, reduced.flags.long()]))
+    for line in agreed:
+        reduced.flags |= line[2:].to(torch.uint8)
+    for index, slot in enumerate(layout.coded):
+        if flag := int(reduced.flags[index]):
+            part = reduced.coded[slot.start : slot.start + slot.chunk]
+            part.fill_(math.nan if flag & Flag.NONFINITE else 0.0)
+            _keep_errors(buffers, slot)
+    _clear_padding(buffers, rank)
+    damage = None
+    for receiver, culprit in enumerate(agreed[:, 0].tolist()):
+        if culprit >= 0:
+            damage = Damage(sender=culprit, receiver=receiver, reason=reduced.reason if receiver == rank else "")
+    finite = not bool((reduced.flags & Flag.NONFINITE).any()) and bool(agreed[:, 1].all())
+    return Outcome(flags=reduced.flags, finite=finite, damage=damage, offender=offender)
 
 
 def _spread(
@@ -233,6 +257,14 @@ def _encode(
     except NonFiniteError:
         flags |= Flag.NONFINITE
         return encoder.encode(row.zero_(), layout, index, error)
+
+
+def _clear_padding(buffers: GroupBuffers, rank: int) -> None:
+    """Forget errors of padding, which signs cannot leave at zero: they are not stored with the parameters."""
+    if buffers.pending is not None:
+        for slot in buffers.layout.coded:
+            slot.clear_padding(buffers.pending[0])
+            slot.clear_padding(buffers.pending[1][None], rank)
 
 
 def _keep_errors(buffers: GroupBuffers, slot: Slot) -> None:

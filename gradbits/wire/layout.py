@@ -43,6 +43,12 @@ class Slot:
         """Return the slot's part [world, chunk] of a group's rows [world, width]."""
         return rows[:, self.start : self.start + self.chunk]
 
+    def clear_padding(self, rows: torch.Tensor, first: int = 0) -> None:
+        """Set the padding in ``rows`` [any number, width] to zero; ``first`` is the number of their first row."""
+        for index, row in enumerate(self.view(rows), start=first):
+            if (index + 1) * self.chunk > self.numel:
+                row[max(0, self.numel - index * self.chunk) :] = 0
+
     def write(self, rows: torch.Tensor, values: torch.Tensor) -> None:
         """Copy a tensor of the parameter's shape into the rows, cast to their dtype."""
         flat, part = values.detach().reshape(-1), self.view(rows)

@@ -205,20 +205,16 @@ class CommState:
         self.step += 1
         for buffers, _ in outcomes:
             buffers.commit() if finite else buffers.rollback()
-        if damaged := next((line for line in agreed if line[0] == _DAMAGED), None):
-            _, group, sender, receiver = damaged
-            reason = "".join(
-                f" ({outcome.damage.reason})" for _, outcome in outcomes if outcome.damage and outcome.damage.reason
-            )
-            raise WireError(
-                f"step {step}, {self.groups[group].layout.title}: the message from rank {sender} arrived damaged at "
-                f"rank {receiver}{reason}; the ranks cannot go on from here"
-            )
+        self._raise_damage(step, agreed, outcomes)
         if finite and self.due:
             self._adapt()
         self._statistics = None
         if self.on_nonfinite == "raise" and not finite:
             raise NonFiniteError(f"step {step}: {self._blame(agreed)}")
+
+    def check_damage(self, outcomes: Sequence[tuple[GroupBuffers, Outcome]]) -> None:
+        """Raise ``WireError`` where an outcome, agreed by all ranks, says that a message arrived damaged."""
+        self._raise_damage(self.step, [self._status(outcomes).tolist()], outcomes)
 
     def finish_plain(self) -> None:
         """End an uncompressed step."""
@@ -249,6 +245,19 @@ class CommState:
             self._waiting = states
         else:
             restore(self, states)
+
+    def _raise_damage(
+        self, step: int, agreed: list[list[int]], outcomes: Sequence[tuple[GroupBuffers, Outcome]]
+    ) -> None:
+        if damaged := next((line for line in agreed if line[0] == _DAMAGED), None):
+            _, group, sender, receiver = damaged
+            reason = "".join(
+                f" ({outcome.damage.reason})" for _, outcome in outcomes if outcome.damage and outcome.damage.reason
+            )
+            raise WireError(
+                f"step {step}, {self.groups[group].layout.title}: the message from rank {sender} arrived damaged at "
+                f"rank {receiver}{reason}; the ranks cannot go on from here"
+            )
 
     def _status(self, outcomes: Sequence[tuple[GroupBuffers, Outcome]]) -> torch.Tensor:
         for buffers, outcome in outcomes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ranks import run_ranks
 
 RESUMED = """
-CASES = (("qsgd", {"bits": 3, "feedback": True}), ("alq", {"entropy": "huffman"}))
+CASES = (("qsgd", {"bits": 3, "feedback": True}), ("sign", {}), ("alq", {"entropy": "huffman"}))
 
 
 def start(codec, options):
