@@ -39,7 +39,9 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Length in epochs.")] = None,
     steps: Annotated[int | None, typer.Option(help="Length in steps, instead of epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples of a batch.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="sgd (momentum 0.9), adam, adamw, quantized_adam, onebit_adam.")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="sgd (momentum 0.9), adam, adamw, quantized_adam, onebit_adam.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Weight decay.")] = None,
     schedule: Annotated[str | None, typer.Option(help="cosine (default) or constant.")] = None,

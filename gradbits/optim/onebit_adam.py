@@ -22,10 +22,12 @@ class OneBitAdam(torch.optim.Optimizer):
     .. math:: m_i = \beta_1 m + (1 - \beta_1)\,g_i, \qquad m \leftarrow C\big(\tfrac1N\sum_i C(m_i + e_i) + \bar e\big),
               \qquad x \leftarrow x - \alpha\,m / (\sqrt{v} + \epsilon)
 
-    with v as it was after the warm-up, and errors e of the workers and of the owners of each part. C sends the signs and
-    the mean magnitude of each parameter's part. There is no bias correction, and a coordinate whose gradient was exactly
-    zero through the whole warm-up stays where it is: v says nothing of it, and signs cannot be zero. The relative of ``QuantizedAdam`` that is
-    known best: it compresses momentum, not the update, and freezes v. Do not wrap the model in DDP.
+    with v as it was after the warm-up, and errors e of the workers and of the owners of each part. C sends the signs
+    and the mean magnitude of each parameter's part. There is no bias correction, and a coordinate whose gradient was
+    exactly zero through the whole warm-up stays where it is: v says nothing of it, and signs cannot be zero.
+
+    It is the relative of ``QuantizedAdam`` that is known best: it compresses momentum, not the update, and freezes v.
+    Do not wrap the model in DDP.
 
     Args:
         params: parameters, named parameters or groups of them.

@@ -37,10 +37,10 @@ class QuantizedAdam(torch.optim.Optimizer):
     bias correction, and :math:`\epsilon` is the first value of v, not a part of the denominator.
 
     The ranks of the process group are the workers, and each of them is the server of its part of every parameter: one
-    all-to-all of encoded updates, one all-gather of encoded weights. Without a process group there is one worker. Do not
-    wrap the model in DDP: gradients stay where they are. Parameters below ``min_elements``, and vectors below 64 times as
-    many, are not quantized. **The parameters are replaced by** :math:`Q_x(x)` **when the optimizer is made**, so
-    build it last, on every rank, with equal weights.
+    all-to-all of encoded updates, one all-gather of encoded weights; each part of a parameter has a scale of its own.
+    Without a process group there is one worker. Do not wrap the model in DDP: gradients stay where they are. Parameters
+    below ``min_elements``, and vectors below 64 times as many, are not quantized. **The parameters are replaced by**
+    :math:`Q_x(x)` **when the optimizer is made**, so build it last, on every rank, with equal weights.
 
     Args:
         params: parameters, named parameters or groups of them.
@@ -50,8 +50,8 @@ class QuantizedAdam(torch.optim.Optimizer):
         eps: :math:`\epsilon`, first value of v, above 0.
         weight_decay: decoupled, applied by the server: :math:`x \leftarrow (1 - \alpha\lambda)\,x`.
         update: :math:`Q_g`, a codec; None sends float32.
-        weight: :math:`Q_x`, a codec; None sends float32. ``UniformGrid(k=6, clip_range=0.5)`` is the absolute range that
-            is ascribed to the paper.
+        weight: :math:`Q_x`, a codec; None sends float32. ``UniformGrid(k=6, clip_range=0.5)`` is the absolute range
+            that is ascribed to the paper; the default takes the range of each parameter's part.
         min_elements: parameters with fewer are not quantized.
         process_group: the workers; None: the default group, or this process alone where there is none.
 
@@ -148,7 +148,7 @@ class QuantizedAdam(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of this worker: ``m``, ``v``, ``e`` in the shape of each parameter, and ``x``, its part of it.
+        """Return the state of this worker: ``m``, ``v``, ``e`` in the shape of each parameter, ``x`` its part of it.
 
         Every rank has its own state; ``load_ranks`` takes those of all.
         """
@@ -287,7 +287,7 @@ class QuantizedAdam(torch.optim.Optimizer):
 
     def _publish(self, buffers: GroupBuffers) -> None:
         """Send the served part of the weights, quantized, and go to the weights that all ranks have sent."""
-        transport, layout, encoder = self.comm.transport, buffers.layout, self._encoder(self.weight)
+        transport, encoder = self.comm.transport, self._encoder(self.weight)
         for slot, rows in self._rows(buffers):
             slot.view(rows)[transport.rank] = self.state[self._parameters[slot.name]]["x"]
         frame, values = self._frame(encoder, buffers, buffers.coded[transport.rank], transport.rank, None)

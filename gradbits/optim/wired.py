@@ -50,6 +50,5 @@ def check_shapes(optimizer: torch.optim.Optimizer, stored: dict[str, Any], keys:
         for key in keys:
             value = stored["state"].get(number, {}).get(key)
             if value is not None and value.shape != parameter.shape:
-                raise ArgumentError(
-                    f"state_dict: {key} of parameter {number} has shape {list(value.shape)}, not {list(parameter.shape)}"
-                )
+                found, wanted = list(value.shape), list(parameter.shape)
+                raise ArgumentError(f"state_dict: {key} of parameter {number} has shape {found}, not {wanted}")

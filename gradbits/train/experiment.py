@@ -276,7 +276,6 @@ class Experiment:
                 )
         return records
 
-
     def _wire_record(self, network: Network, end: Position) -> Record:
         """Return what the record says of several ranks: bytes are those that rank 0 has sent."""
         if network.link is None:

@@ -46,8 +46,8 @@ class StopRequest:
 def stop_on_signals(shared: bool = False) -> Iterator[StopRequest]:
     """Turn the first SIGINT or SIGTERM into a request; the second one acts as it always does.
 
-    With ``shared`` a SIGTERM stays a request: torchrun sends one after the terminal's SIGINT, and then waits. Outside the
-    main thread, where Python allows no handlers, nothing is changed.
+    With ``shared`` a SIGTERM stays a request: torchrun sends one after the terminal's SIGINT, and then waits. Outside
+    the main thread, where Python allows no handlers, nothing is changed.
     """
     request = StopRequest(shared)
     if threading.current_thread() is not threading.main_thread():

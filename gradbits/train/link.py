@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Protocol
 
 import torch
@@ -42,9 +43,7 @@ class Link:
         options: say how gradients travel.
     """
 
-    def __init__(
-        self, ranks: Ranks, model: nn.Module, optimizer: torch.optim.Optimizer, options: TrainOptions
-    ) -> None:
+    def __init__(self, ranks: Ranks, model: nn.Module, optimizer: torch.optim.Optimizer, options: TrainOptions) -> None:
         self.ranks = ranks
         self.counts: Counts
         self._comm: Any = None
@@ -54,7 +53,8 @@ class Link:
             self._buffers = [b for b in model.buffers() if b.numel()]
             self.counts = optimizer.comm  # type: ignore[attr-defined]
             return
-        # what a recipe leaves without gradient must not stop the others
+        # of a weight with one input channel, channels-last and contiguous are the same memory; DDP warns of it
+        warnings.filterwarnings("ignore", message="Grad strides do not match", category=UserWarning)
         ddp = DistributedDataParallel(model)
         self.module = ddp
         if options.wire is None or options.wire in BASELINES:
@@ -71,7 +71,7 @@ class Link:
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's part of a checkpoint."""
-        return {} if self._comm is None else self._comm.state_dict()  # type: ignore[no-any-return]
+        return {} if self._comm is None else self._comm.state_dict()
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
         """Take the parts of all ranks, perhaps of another number of them."""

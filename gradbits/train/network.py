@@ -173,7 +173,9 @@ def build_network(
     model = build_model(options.model or "", task.model_arguments(), options.model_options()).to(device)
     ranks = ranks or Ranks()
     # the noise of each rank is its own
-    torch.manual_seed(ranks.seed(seed))  # so that models that draw more or fewer initial weights train with the same noise
+    torch.manual_seed(
+        ranks.seed(seed)
+    )  # so that models that draw more or fewer initial weights train with the same noise
     if not entry.is_float:
         import gradbits
 

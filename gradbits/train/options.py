@@ -188,7 +188,9 @@ class TrainOptions:
             return
         if self.wire is None or self.wire in BASELINES:
             if illegal := [name for name in given if not (name == "wire_start" and self.wire == "powersgd")]:
-                raise ArgumentError(f"{illegal[0]}={given[illegal[0]]!r}: wire {self.wire or 'none'!r} has no such option")
+                raise ArgumentError(
+                    f"{illegal[0]}={given[illegal[0]]!r}: wire {self.wire or 'none'!r} has no such option"
+                )
             if self.wire == "powersgd":
                 check_integer(self.wire_start or 2, "wire_start", 2)
             return

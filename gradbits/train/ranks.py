@@ -61,7 +61,7 @@ class Ranks:
         if outcome[1] is not None:
             kind, value = outcome[1]
             raise Interrupted(value) if kind == "signal" else OtherRankError(value)
-        return outcome[0]  # type: ignore[no-any-return]
+        return outcome[0]
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's value on rank 0; an empty list elsewhere."""
@@ -160,4 +160,3 @@ def joined() -> Iterator[Ranks]:
         yield Ranks(rank=rank, world=world)
     finally:
         dist.destroy_process_group()
-

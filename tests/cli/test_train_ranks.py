@@ -37,8 +37,8 @@ def torchrun(*arguments, cwd, ranks=2, code=0, **environment):
     (cwd / "nets.py").write_text(NET)
     done = subprocess.run(
         [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "gradbits",
-            "train", *map(str, arguments),
+            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
+            "-m", "gradbits", "train", *map(str, arguments),
         ],
         cwd=cwd,
         capture_output=True,

@@ -85,7 +85,12 @@ def test_the_log_grid_contracts(k):
         assert ((u - q).abs() <= u.abs() / 3 * (1 + 1e-6))[inner].all()
     assert not grid.decode(grid.encode(torch.zeros(5))).any()
     # ties go to the larger magnitude
-    assert LogGrid(k=1).decode(LogGrid(k=1).encode(torch.tensor([1.0, 0.75, 0.25, -0.25]))).tolist() == [1, 1, 0.5, -0.5]
+    assert LogGrid(k=1).decode(LogGrid(k=1).encode(torch.tensor([1.0, 0.75, 0.25, -0.25]))).tolist() == [
+        1,
+        1,
+        0.5,
+        -0.5,
+    ]
 
 
 @pytest.mark.parametrize("k", [0, 3, 6, 7, 14])
@@ -212,7 +217,7 @@ def test_illegal_grids(options):
 
 
 def test_states_of_other_shapes_and_late_groups_are_refused():
-    weight, optimizer = start()
+    _, optimizer = start()
     other = QuantizedAdam([torch.nn.Parameter(torch.zeros(50, 50))])
     with pytest.raises(ArgumentError, match="shape"):
         optimizer.load_state_dict(other.state_dict())
@@ -223,7 +228,7 @@ def test_states_of_other_shapes_and_late_groups_are_refused():
         optimizer.load_state_dict({**state, "wire": {**state["wire"], "rank": 1, "world": 2}})
 
 
-RANKS = '''
+RANKS = """
 from gradbits.optim import OneBitAdam, QuantizedAdam
 
 
@@ -280,7 +285,7 @@ def main(rank, world):
         alone = QuantizedAdam(net(norm=False).named_parameters(), lr=0.01, min_elements=100, process_group=single)
         alone.load_ranks(states)
         assert torch.allclose(virtual(states), virtual([alone.state_dict()]), rtol=1e-5, atol=1e-7)
-'''
+"""
 
 
 def test_on_several_ranks(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ranks import run_ranks
 
-MAIN = '''
+MAIN = """
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 import gradbits.wire.exchange as exchange
@@ -87,7 +87,7 @@ def main(rank, world):
         raise SystemExit("a model that is not distributed was taken")
     except ArgumentError:
         pass
-'''
+"""
 
 
 def test_fsdp(tmp_path):
