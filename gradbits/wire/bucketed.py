@@ -60,9 +60,15 @@ class LevelCodec(Codec):
         check_bucket(self.bucket)
         check_choice(self.norm, "norm", NORMS)
 
+    @property
+    def multiplier(self) -> float | None:
+        """The p of fixed exponential levels, 0 for equally spaced ones; None where the levels themselves travel."""
+        return None
+
     def levels(self, state: State | None = None) -> torch.Tensor:
         """Return the levels as float32, strictly increasing from -1 to 1."""
-        raise NotImplementedError
+        assert self.multiplier is not None
+        return fixed_levels(self.bits, self.layout, self.multiplier)
 
     def encode(self, x: torch.Tensor, key: Noise = None, state: State | None = None) -> Payload:
         flat = flat_values(x)
@@ -73,13 +79,13 @@ class LevelCodec(Codec):
         order = NORMS[self.norm]
         codes = run("encode_buckets", request, "auto", flat, norms, levels, self.bucket, self.bits, noise, order)
         check_finite(norms)
+        parts = {"codes": codes, "norms": norms}
+        if self.multiplier is None:
+            parts["levels"] = levels
+        else:
+            parts["grid"] = levels.new_tensor([self.multiplier, float(self.layout == "magnitude")])
         return Payload(
-            codec=self.name,
-            shape=x.shape,
-            dtype=x.dtype,
-            bits=self.bits,
-            bucket=self.bucket,
-            parts={"codes": codes, "norms": norms, "levels": levels},
+            codec=self.name, shape=x.shape, dtype=x.dtype, bits=self.bits, bucket=self.bucket, parts=parts
         )
 
     def decode(self, payload: Payload) -> torch.Tensor:
@@ -98,13 +104,36 @@ def decode_levels(payload: Payload, codec: str, out: torch.Tensor | None = None)
         raise CorruptDataError(f"payload: bucket={bucket}; must be at least 1")
     codes = payload.part("codes", torch.uint8, symbol_bytes(bits, count))
     norms = payload.part("norms", torch.float32, -(-count // bucket))
-    levels = payload.parts.get("levels", codes)
-    if not 2 <= levels.numel() <= 1 << bits:
-        raise CorruptDataError(f"payload: {levels.numel()} levels; {bits} bits have 2 to {1 << bits}")
-    payload.part("levels", torch.float32, levels.numel())
-    if not bool((levels.abs() <= 1).all() & (norms >= 0).all() & torch.isfinite(norms).all()):
-        raise CorruptDataError("payload: levels must lie in [-1, 1] and norms be finite and at least 0")
+    levels = _levels_of(payload)
+    if not bool((norms >= 0).all() & torch.isfinite(norms).all()):
+        raise CorruptDataError("payload: norms must be finite and at least 0")
     return run("decode_buckets", Request(codes.device.type), "auto", codes, norms, levels, bucket, bits, count, out)
+
+
+def _levels_of(payload: Payload) -> torch.Tensor:
+    """Return the levels that a payload holds, or those of the grid that it names."""
+    if "grid" in payload.parts and "levels" not in payload.parts:
+        p, zero = payload.part("grid", torch.float32, 2).tolist()
+        if not 0 <= p < 1 or zero not in (0, 1) or payload.bits <= zero:
+            raise CorruptDataError(f"payload: grid [{p}, {zero}] of {payload.bits} bits is not possible")
+        return fixed_levels(payload.bits, LAYOUTS[int(zero)], p).to(payload.parts["grid"].device)
+    count = payload.parts["levels"].numel() if "levels" in payload.parts else 2
+    if not 2 <= count <= 1 << payload.bits:
+        raise CorruptDataError(f"payload: {count} levels; {payload.bits} bits have 2 to {1 << payload.bits}")
+    levels = payload.part("levels", torch.float32, count)
+    if not bool((levels.diff() > 0).all() & (levels[0] == -1) & (levels[-1] == 1)):
+        raise CorruptDataError("payload: levels must increase strictly from -1 to 1")
+    return levels
+
+
+def fixed_levels(bits: int, layout: str, p: float) -> torch.Tensor:
+    """Return the float32 levels of a grid that does not adapt: powers of p, or equally spaced for p = 0.
+
+    >>> fixed_levels(2, "magnitude", 0.0).tolist(), fixed_levels(2, "signed", 0.5).tolist()
+    ([-1.0, 0.0, 1.0], [-1.0, -0.5, 0.5, 1.0])
+    """
+    magnitudes = exponential_magnitudes(bits, layout, p) if p else uniform_magnitudes(bits, layout)
+    return separate(with_mirror(magnitudes, layout))
 
 
 def with_mirror(magnitudes: torch.Tensor, layout: str) -> torch.Tensor:

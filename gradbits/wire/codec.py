@@ -27,7 +27,8 @@ class Payload:
         dtype: of the tensor.
         bits: bits of one symbol; 0 where there are none.
         bucket: values that share one norm; 0 where nothing is shared by position.
-        parts: ``"codes"`` packed symbols (uint8), ``"norms"`` and ``"levels"`` float32, or what the codec defines.
+        parts: ``"codes"`` packed symbols (uint8), ``"norms"`` and ``"levels"`` or ``"grid"`` float32, or what the codec
+            defines.
     """
 
     codec: str

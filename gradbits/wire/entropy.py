@@ -99,7 +99,7 @@ class Huffman(EntropyCodec):
     >>> _ = torch.manual_seed(0)
     >>> payload = codec.encode(torch.randn(65536))
     >>> sorted(payload.parts), round(payload.bits_per_element, 1)
-    (['huffman', 'levels', 'norms'], 1.1)
+    (['grid', 'huffman', 'norms'], 1.1)
     """
 
     def compress(self, payload: Payload) -> Payload:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -122,7 +123,7 @@ def test_official_coordinate_descent(golden: Golden) -> None:
         full = signed_density(m[2])
         density = positive_half(full) if symmetric else full
         compared = 0
-        for before, after in zip(rows[:-1], rows[1:], strict=True):
+        for before, after in pairwise(rows):
             # where F has a plateau in double precision, their quantile is any place of it, and the next level follows
             solid = density.mass(after[:-2], before[2:]) > 1e-9
             if bool(solid.all()):

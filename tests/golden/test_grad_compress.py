@@ -157,7 +157,7 @@ def feedback_codec(name: str) -> tuple[Codec, str]:
 
 
 def test_error_feedback(golden: Golden) -> None:
-    """Theirs leaves both factors out at the first step; here they hold from the first step on, so it is given theirs."""
+    """Theirs leaves both factors out at the first step; here they hold from the first step on."""
     data = golden("grad_compress.npz")
     gradients, noise = data["ef/grads"], stored(data, "ef/u_k16")
     for m in cases(data, r"ef/([^/]+)/compensated"):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
 from gradbits.core.checks import check_number
-from gradbits.wire.bucketed import LevelCodec, exponential_magnitudes, separate, with_mirror
-from gradbits.wire.codec import State
+from gradbits.wire.bucketed import LevelCodec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +20,7 @@ class NUQSGD(LevelCodec):
         norm: ``"l2"`` or ``"linf"``.
         layout: ``"magnitude"``, magnitudes :math:`0, p^{s-1}, \dots, p, 1` with :math:`s = 2^{b-1} - 1`, the paper's;
             or ``"signed"``, :math:`\pm p^s, \dots, \pm 1`, the authors' code, which has no zero.
-        p: ratio of neighbours, in (0, 1).
+        p: ratio of neighbours, from 0.000001 to 0.999999.
 
     Raises:
         ArgumentError: an option outside its range.
@@ -40,11 +39,12 @@ class NUQSGD(LevelCodec):
 
     def __post_init__(self) -> None:
         LevelCodec.__post_init__(self)
-        check_number(self.p, "p", 0.0, 1.0, open_low=True, open_high=True)
+        check_number(self.p, "p", 1e-6, 1.0 - 1e-6)
 
     @property
     def name(self) -> str:
         return "nuqsgd"
 
-    def levels(self, state: State | None = None) -> torch.Tensor:
-        return separate(with_mirror(exponential_magnitudes(self.bits, self.layout, self.p), self.layout))
+    @property
+    def multiplier(self) -> float:
+        return float(np.float32(self.p))  # as it travels

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from gradbits.wire.bucketed import LevelCodec, separate, uniform_magnitudes, with_mirror
-from gradbits.wire.codec import State
+from gradbits.wire.bucketed import LevelCodec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +34,7 @@ class QSGD(LevelCodec):
     >>> _ = torch.manual_seed(0)
     >>> payload = codec.encode(torch.randn(1000))
     >>> payload.nbytes, codec.decode(payload).shape
-    (568, torch.Size([1000]))
+    (516, torch.Size([1000]))
     """
 
     bits: int = 4
@@ -48,5 +45,6 @@ class QSGD(LevelCodec):
     def name(self) -> str:
         return "qsgd"
 
-    def levels(self, state: State | None = None) -> torch.Tensor:
-        return separate(with_mirror(uniform_magnitudes(self.bits, self.layout), self.layout))
+    @property
+    def multiplier(self) -> float:
+        return 0.0

@@ -67,8 +67,9 @@ class TernGrad(LevelCodec):
     def wants_feedback(self) -> bool:
         return False  # its noise, often larger than the gradient, would pile up in the residual
 
-    def levels(self, state: State | None = None) -> torch.Tensor:
-        return torch.tensor([-1.0, 0.0, 1.0])
+    @property
+    def multiplier(self) -> float:
+        return 0.0
 
     def encode(self, x: torch.Tensor, key: Noise = None, state: State | None = None) -> Payload:
         flat = check_values(x)
