@@ -85,6 +85,8 @@ class Question:
     def __post_init__(self) -> None:
         check_integer(self.world, "world", 2)
         check_integer(self.repeats, "repeats", 1)
+        if not self.gbps:
+            raise ArgumentError("gbps='': must name at least one link, in Gbit/s")
         for speed in self.gbps:
             check_number(speed, "gbps", 0.0, open_low=True)
 

@@ -58,7 +58,7 @@ def wire(
         torch.set_num_threads(check_integer(threads, "threads", 1))
     question = Question(
         names=_words(codecs),
-        bits=tuple(int(b) for b in _numbers(bits, "bits")),
+        bits=_integers(bits, "bits"),
         entropy=tuple(check_choice(word, "entropy", ("none", "huffman", "zstd")) for word in _words(entropy)),
         bucket=bucket,
         world=world,
@@ -88,6 +88,15 @@ def _numbers(text: str | None, name: str) -> tuple[float, ...]:
         return tuple(float(word) for word in _words(text))
     except ValueError as error:
         raise ArgumentError(f"{name}={text!r}: must be numbers with commas between them") from error
+
+
+def _integers(text: str | None, name: str) -> tuple[int, ...]:
+    numbers = _numbers(text, name)
+    if any(number != int(number) for number in numbers if math.isfinite(number)) or not all(
+        map(math.isfinite, numbers)
+    ):
+        raise ArgumentError(f"{name}={text!r}: must be whole numbers with commas between them")
+    return tuple(int(number) for number in numbers)
 
 
 def _print(rows: list[Row], question: Question, title: str) -> None:
