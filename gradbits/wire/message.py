@@ -65,8 +65,8 @@ def pack(message: Message) -> torch.Tensor:
     kind, culprit = (DATA, NOBODY) if message.culprit is None else (DAMAGED, message.culprit)
     fields = (MAGIC, kind, culprit, message.sender, message.step & 0xFFFFFFFF, message.group, len(frame))
     body = out.numpy().data
-    check = zlib.crc32(body[HEADER.size : end], zlib.crc32(HEADER.pack(*fields, 0)))
-    HEADER.pack_into(body, 0, *fields, check)
+    HEADER.pack_into(body, 0, *fields, 0)
+    HEADER.pack_into(body, 0, *fields, _checksum(body, end))
     return out
 
 
@@ -87,10 +87,9 @@ def unpack(data: torch.Tensor, *, sender: int, step: int, group: int, flags: int
     magic, kind, culprit, found_sender, found_step, found_group, length, check = HEADER.unpack_from(body, 0)
     middle = HEADER.size + flags
     end = middle + 4 * raw
-    fields = (magic, kind, culprit, found_sender, found_step, found_group, length)
     if magic != MAGIC or end + length > len(body):
         raise CorruptDataError("message: damaged, its header makes no sense")
-    if check != zlib.crc32(body[HEADER.size : end], zlib.crc32(HEADER.pack(*fields, 0))):
+    if check != _checksum(body, end):
         raise CorruptDataError("message: damaged, its checksum is wrong")
     if (found_sender, found_step, found_group) != (sender, step & 0xFFFFFFFF, group):
         raise CorruptDataError(
@@ -107,3 +106,8 @@ def unpack(data: torch.Tensor, *, sender: int, step: int, group: int, flags: int
         raw=data[middle:end].clone().view(torch.float32),
         culprit=culprit if kind == DAMAGED else None,
     )
+
+
+def _checksum(body: memoryview, end: int) -> int:
+    """Return the checksum of the header without itself, the flags and the raw values."""
+    return zlib.crc32(body[HEADER.size : end], zlib.crc32(body[: HEADER.size - 4]))
