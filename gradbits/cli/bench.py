@@ -17,6 +17,7 @@ SUBCOMMANDS: dict[str, str] = {
     "quantize": "bench",
     "step": "bench",
     "memory": "bench",
+    "wire": "bench_wire",
 }
 
 Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: what torch chooses.", show_default=False)]

@@ -46,7 +46,9 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Length in epochs.")] = None,
     steps: Annotated[int | None, typer.Option(help="Length in steps, instead of epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples of a batch.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="sgd (momentum 0.9), adam or adamw.")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="sgd (momentum 0.9), adam, adamw, quantized_adam, onebit_adam.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Weight decay.")] = None,
     schedule: Annotated[str | None, typer.Option(help="cosine (default) or constant.")] = None,
@@ -89,6 +91,17 @@ def train(
     draws: Annotated[
         int | None, typer.Option(help="Draws of the noise for --measure-variance, at least 3. Default: 32.")
     ] = None,
+    wire: Annotated[
+        str | None,
+        typer.Option(help="With torchrun: gradients between ranks, none, fp16, bf16, powersgd or a codec, as alq."),
+    ] = None,
+    wire_bits: Annotated[int | None, typer.Option(help="Bits of the codec.")] = None,
+    wire_bucket: Annotated[int | None, typer.Option(help="Values that share a scale on the wire.")] = None,
+    wire_feedback: Annotated[
+        bool | None, typer.Option(help="Add what is lost to the next gradient. Default: as the codec wants.")
+    ] = None,
+    wire_start: Annotated[int | None, typer.Option(help="Steps at the beginning that go uncompressed.")] = None,
+    entropy: Annotated[str | None, typer.Option(help="huffman or zstd: entropy coding on the wire.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints, besides one at each test.")] = None,
     log_every: Annotated[int | None, typer.Option(help="Steps between lines of log.jsonl. Default: 10.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for everything. Default: a fresh one under runs/.")] = None,
@@ -102,6 +115,7 @@ def train(
     from gradbits.train.experiment import Experiment
     from gradbits.train.interrupt import Interrupted
     from gradbits.train.options import TrainOptions
+    from gradbits.train.ranks import joined
 
     if recipe is not None and compare is not None:
         raise ArgumentError(f"recipe={recipe!r}: cannot be combined with compare={compare!r}; name it there")
@@ -136,23 +150,40 @@ def train(
         share=share,
         measure_variance=True if measure_variance else None,
         draws=draws,
+        wire=wire,
+        wire_bits=wire_bits,
+        wire_bucket=wire_bucket,
+        wire_feedback=wire_feedback,
+        wire_start=wire_start,
+        entropy=entropy,
         save_every=save_every,
         log_every=log_every,
     )
     program = [Path(sys.executable).name, "-m", "gradbits"] if sys.argv[0].endswith("__main__.py") else ["gradbits"]
-    command = shlex.join([*program, *sys.argv[1:]])
-    console = Console(width=None if sys.stdout.isatty() else 120)  # a pipe has no width; rich would take 80
-    experiment = Experiment(options, out=out, resume=resume, overwrite=overwrite, command=command, console=console)
-    try:
-        experiment.run()
-    except Interrupted as stopped:
-        again = shlex.join([*program, "train", "--out", str(experiment.folder().root), "--resume"])
-        console.print(f"stopped, the state is saved; to go on: {again}", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(128 + stopped.signal) from stopped
-    console.print(f"models: {experiment.folder().models}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"results: {experiment.folder().results}", highlight=False, markup=False, soft_wrap=True)
-    if experiment.options.measure_variance:
-        console.print(f"variance: {experiment.folder().variance}", highlight=False, markup=False, soft_wrap=True)
+    with joined() as ranks:
+        if ranks.world > 1:
+            program = ["torchrun", f"--nproc-per-node={ranks.world}", "-m", "gradbits"]
+        command = shlex.join([*program, *sys.argv[1:]])
+        # a pipe has no width; rich would take 80
+        console = Console(width=None if sys.stdout.isatty() else 120, quiet=not ranks.leads)
+        experiment = Experiment(
+            options, out=out, resume=resume, overwrite=overwrite, command=command, console=console, ranks=ranks
+        )
+        try:
+            experiment.run()
+        except Interrupted as stopped:
+            root = experiment.folder().root if ranks.leads else ""
+            again = shlex.join([*program, "train", "--out", str(root), "--resume"])
+            console.print(
+                f"stopped, the state is saved; to go on: {again}", highlight=False, markup=False, soft_wrap=True
+            )
+            raise typer.Exit(128 + stopped.signal) from stopped
+        if ranks.leads:
+            folder = experiment.folder()
+            console.print(f"models: {folder.models}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"results: {folder.results}", highlight=False, markup=False, soft_wrap=True)
+            if experiment.options.measure_variance:
+                console.print(f"variance: {folder.variance}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _split(text: str) -> tuple[str, ...]:

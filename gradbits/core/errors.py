@@ -47,6 +47,10 @@ class CorruptDataError(GradbitsError, ValueError):
     """A file or a message is damaged, truncated or of another kind than expected."""
 
 
+class WireError(GradbitsError, RuntimeError):
+    """An exchange between ranks failed; the message names the step and, where one is known, the rank."""
+
+
 class MissingDataError(GradbitsError, FileNotFoundError):
     """A file or a data set is not where it was looked for; the message says where to get it."""
 

@@ -18,8 +18,12 @@ from gradbits.train.datasets import DATA_SETS, TEXT_SETS
 from gradbits.train.entry import FLOAT, Entry, parse_entry, parse_override
 from gradbits.train.models import IMAGE_MODELS, TEXT_MODELS
 from gradbits.train.sharing import SHARE_BITS
+from gradbits.wire import Codec, codec, codecs
+from gradbits.wire.baselines import BASELINES
 
-OPTIMIZERS = ("sgd", "adam", "adamw")
+OPTIMIZERS = ("sgd", "adam", "adamw", "quantized_adam", "onebit_adam")
+OWN_WIRE = ("quantized_adam", "onebit_adam")  # optimizers that talk to the other ranks themselves
+WIRE_OPTIONS = ("wire_bits", "wire_bucket", "wire_feedback", "wire_start", "entropy")
 PATHS = ("data_dir", "text", "init")
 SCHEDULES = ("cosine", "constant")
 COMPUTE = ("auto", "integer", "simulate")
@@ -57,7 +61,11 @@ class TrainOptions:
         seeds: one training per entry and seed.
         epochs, steps: length of a training; one of them.
         batch_size: samples of a batch.
-        optimizer: ``sgd`` (momentum 0.9), ``adam`` or ``adamw``; ``lr`` and ``weight_decay`` are its arguments.
+        optimizer: ``sgd`` (momentum 0.9), ``adam``, ``adamw``, ``quantized_adam`` or ``onebit_adam``; ``lr`` and
+            ``weight_decay`` are its arguments.
+        wire: codec of the gradients between ranks, or ``none``, ``fp16``, ``bf16`` or ``powersgd`` for PyTorch's own.
+        wire_bits, wire_bucket: options of the codec; ``wire_feedback`` and ``entropy`` as in ``gradbits.wire.codec``;
+            ``wire_start`` steps go uncompressed.
         schedule: ``cosine`` (rises over the first twentieth, falls to 0) or ``constant``.
         device, threads: where it is computed.
         compute: how products of quantized layers are computed.
@@ -102,6 +110,12 @@ class TrainOptions:
     share: int | None = None
     measure_variance: bool | None = None
     draws: int | None = None
+    wire: str | None = None
+    wire_bits: int | None = None
+    wire_bucket: int | None = None
+    wire_feedback: bool | None = None
+    wire_start: int | None = None
+    entropy: str | None = None
     save_every: int | None = None
     log_every: int | None = None
 
@@ -173,6 +187,7 @@ class TrainOptions:
         for name in ("batch_size", "threads", "log_every"):
             check_integer(getattr(self, name), name, 1)
         check_choice(self.optimizer, "optimizer", OPTIMIZERS)
+        self._check_wire()
         check_choice(self.schedule, "schedule", SCHEDULES)
         check_choice(self.compute, "compute", COMPUTE)
         check_number(self.lr, "lr", 0.0, open_low=True)
@@ -214,6 +229,31 @@ class TrainOptions:
             raise ArgumentError(
                 f"gradient_l1={self.gradient_l1}: cannot be combined with pack_activations={self.pack_activations}"
             )
+
+    def _check_wire(self) -> None:
+        given = {name: value for name in WIRE_OPTIONS if (value := getattr(self, name)) is not None}
+        if self.optimizer in OWN_WIRE:
+            if self.wire is not None or given:
+                name, value = next(iter({"wire": self.wire, **given}.items()))
+                raise ArgumentError(f"{name}={value!r}: {self.optimizer} talks to the other ranks itself")
+            return
+        if self.wire is None or self.wire in BASELINES:
+            if illegal := [name for name in given if not (name == "wire_start" and self.wire == "powersgd")]:
+                raise ArgumentError(
+                    f"{illegal[0]}={given[illegal[0]]!r}: wire {self.wire or 'none'!r} has no such option"
+                )
+            if self.wire == "powersgd":
+                check_integer(self.wire_start or 2, "wire_start", 2)
+            return
+        check_choice(self.wire, "wire", (*BASELINES, *codecs()))
+        check_integer(self.wire_start or 0, "wire_start", 0)
+        self.wire_codec()
+
+    def wire_codec(self) -> Codec:
+        """Return the codec that ``wire`` and its options describe."""
+        options: dict[str, Any] = {"bits": self.wire_bits, "bucket": self.wire_bucket}
+        options = {name: value for name, value in options.items() if value is not None}
+        return codec(self.wire or "", entropy=self.entropy, feedback=self.wire_feedback, **options)
 
     def entries(self) -> list[Entry]:
         """Return the networks to train."""

@@ -40,6 +40,7 @@ def make_record(
     model_file: str,
     sparsity: float,
     bits: Mapping[int, float] | None = None,
+    wire: Record | None = None,
 ) -> Record:
     """Return the record of one trained network: JSON values, ``None`` for a number that is not finite.
 
@@ -47,6 +48,7 @@ def make_record(
     over all steps, if there were fewer). ``model_file`` is relative to the folder of the run; ``sparsity`` is the part
     of exact zeros among the weights of two axes or more. ``bits_results`` holds the test metric after post-training
     quantization by number of bits, or None.
+    ``wire`` says what several ranks sent each other.
     """
     record = {
         "network": entry.label,
@@ -82,6 +84,7 @@ def make_record(
         "prune": options.prune,
         "share": options.share,
         "sparsity": sparsity,
+        **(wire or {}),
         "model_file": model_file,
         "versions": versions(),
         "command": command,
@@ -135,11 +138,16 @@ def results_table(records: Sequence[Record]) -> Table:
     first = records[0]
     seeds = len(next(iter(groups.values())))
     title = f"{first['data']}, {first['model']}, {first['steps']} steps, {seeds} seed{'s' if seeds > 1 else ''}"
+    wired = first.get("ranks", 1) > 1
+    if wired:
+        title += f", {first['ranks']} ranks, wire {first['wire']}"
     # no lines between the columns and short headings: it has to fit into 80 characters
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("network", overflow="fold")
     quality_heading = "test accuracy" if accuracy else "bits per byte"
     for heading in (quality_heading, "vs fp32", "step", "vs fp32", "saved for\nbackward", "bits per\ngradient"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("sent per\nstep", "ratio") if wired else ():
         table.add_column(heading, justify="right", no_wrap=True)
     for label, group in groups.items():
         value, spread = _mean(group, metric), _spread(group, metric)
@@ -157,6 +165,7 @@ def results_table(records: Sequence[Record]) -> Table:
             f"{step / _mean(reference, 'step_ms_median'):.2f}x" if reference else "",
             _bytes(_mean(group, "saved_bytes")),
             f"{_mean(group, 'gradient_bits'):.4g}",
+            *((_bytes(_mean(group, "wire_bytes_per_step")), f"{_mean(group, 'wire_ratio'):.1f}x") if wired else ()),
         )
     return table
 

@@ -11,7 +11,7 @@ from gradbits.kernels.dispatch import Kernel, Request
 
 def kernels() -> tuple[Kernel, ...]:
     """Return the kernels of this backend."""
-    from gradbits.kernels.native import library, packing, products, sums
+    from gradbits.kernels.native import buckets, huffman, library, packing, products, sums
     from gradbits.kernels.native.quantize import min_max, quantize
 
     def why_not(request: Request) -> str | None:
@@ -24,10 +24,16 @@ def kernels() -> tuple[Kernel, ...]:
 
     coding = (quantize, min_max, packing.pack, packing.unpack, sums.sum_codes)
     everywhere = (*coding, products.matmul, products.conv_grad_weight)
+    wire = (
+        *(buckets.pack_symbols, buckets.unpack_symbols),
+        *(buckets.bucket_norms, buckets.encode_buckets, buckets.decode_buckets),
+        *(huffman.count_symbols, huffman.huffman_encode, huffman.huffman_decode),
+    )
     measured = (products.conv_output, products.conv_grad_input)
     return (
         *(Kernel(f.__name__, "native", f, why_not) for f in everywhere),
         *(Kernel(f.__name__, "native", f, conv_why_not) for f in measured),
+        *(Kernel(f.__name__, "native", f, why_not) for f in wire),
     )
 
 

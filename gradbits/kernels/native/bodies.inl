@@ -2,6 +2,7 @@
 
 namespace GB_ISA {
 namespace {
+#include "noise.inl"
 #include "quantize.inl"
 #include "range.inl"
 #include "tile.inl"
