@@ -21,7 +21,8 @@ def train(
     text: Annotated[Path | None, typer.Option(help="A file to learn byte by byte; the last tenth is the test.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use only the first N training samples (bytes of a text).")] = None,
     model: Annotated[
-        str | None, typer.Option(help="mlp, small_cnn, resnet20, mobilenet, gpt or package.module:factory.", show_default=False)
+        str | None,
+        typer.Option(help="mlp, small_cnn, resnet20, mobilenet, gpt or package.module:factory.", show_default=False),
     ] = None,
     model_set: Annotated[
         list[str] | None, typer.Option(help="Argument of the model, as d_model=256; repeatable.")
