@@ -104,7 +104,7 @@ def test_sweeps_never_raise_the_variance(central: bool) -> None:
 
 def test_closed_forms_agree_with_quadrature() -> None:
     for a, b in ((-1.0, -0.3), (-0.31, -0.29), (0.0, 0.05), (0.4, 1.0)):
-        ends = torch.tensor([a, b]).double()
+        ends = torch.tensor([a, b], dtype=torch.float64)
         r = torch.linspace(a, b, 20_001, dtype=torch.float64)
         weights = {"mass": torch.ones_like(r), "above": r - a, "below": b - r, "rounding_variance": (r - a) * (b - r)}
         for name, weight in weights.items():
