@@ -100,7 +100,7 @@ class Question:
         for name in self.names or tuple(codecs()):
             known = codecs().get(name)
             legal = {f.name for f in fields(known)} if known is not None else set()
-            options = {} if self.bucket is None or "bucket" not in legal else {"bucket": self.bucket}
+            options: dict[str, Any] = {} if self.bucket is None or "bucket" not in legal else {"bucket": self.bucket}
             for bits in self.bits if "bits" in legal and self.bits else (None,):
                 chosen = options if bits is None else {**options, "bits": bits}
                 for entropy in self.entropy:

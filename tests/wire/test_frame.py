@@ -17,9 +17,9 @@ from gradbits.wire.frame import DTYPES, MAGIC, from_frame, to_frame
 from gradbits.wire.registry import codec, codecs, decode
 
 FRAMES = [
-    bytes(to_frame(codec(name, feedback=False, entropy=entropy).encode(torch.arange(-20.0, 20), NoiseKey.of(1))).numpy())
+    bytes(to_frame(codec(name, feedback=False, entropy=how).encode(torch.arange(-20.0, 20), NoiseKey.of(1))).numpy())
     for name in ("qsgd", "alq", "minmax_uint8", "onebit", "topk")
-    for entropy in ((None, "huffman", "zstd") if name != "topk" else (None,))
+    for how in ((None, "huffman", "zstd") if name != "topk" else (None,))
 ]
 LENGTH_AT = 16  # of the field that holds the length
 frames = st.sampled_from(FRAMES)

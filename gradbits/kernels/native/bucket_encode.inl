@@ -7,6 +7,7 @@ struct Grid {
     float levels[MAX_LEVELS], per_gap[MAX_LEVELS];
     float above[MAX_LEVELS];  // the level after this one; NaN, which is above none, where a value is held against none
     int count, first;  // `first`: the power of two that a search begins with
+    int64_t ahead;     // values from here to those that are read next from memory; 0 where these are near
     bool uniform;  // equally spaced, but for rounding
     float half;    // gaps from 0 to 1
 };
@@ -120,9 +121,11 @@ static void symbols_wide(const float* x, uint8_t* to, int n, float scale, const 
     const __m512 gaps = _mm512_set1_ps(scale * g->half);
     const __m512 low = _mm512_set1_ps(g->half + 1.0f - about), high = _mm512_set1_ps(g->half + 1.0f + about);
     const __m512i most = _mm512_set1_epi32(g->count - 1);
+    const uintptr_t ahead = (uintptr_t)(4 * g->ahead);
     int at = 0;
     for (; at + 16 <= n; at += 16) {
         __m512 v = _mm512_loadu_ps(x + at), u = units_of<MODE>(bits, noise, at);
+        if (ahead) _mm_prefetch((const char*)((uintptr_t)(x + at) + ahead), _MM_HINT_T0);
         __m512i found;
         if (UNIFORM) {
             found = _mm512_cvttps_epi32(_mm512_fmadd_ps(v, gaps, _mm512_sub_ps(low, u)));
@@ -222,6 +225,7 @@ static int encode_buckets(const BucketArgs* args) {
             task = whole < WIRE_TASK ? WIRE_TASK / whole * whole : whole;
         }
     }
+    grid.ahead = b.order == GB_GIVEN || whole <= 2 * WIRE_BLOCK ? 0 : whole;
     EncodeBucketsJob job = {&b, &grid, symbols, packer(b.bits), whole, task, 0};
     gb_parallel(b.count > task ? b.threads : 1, encode_buckets_body, &job);
     return GB_OK;

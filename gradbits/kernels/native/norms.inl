@@ -9,46 +9,33 @@ GB_INLINE double halves(double* lanes) {
     return lanes[0];
 }
 
-// The sums of the squares of PIECES pieces; `n` values of each. A square is exact in float64, so that a fused
-// multiply-add changes nothing. Several pieces at once: each waits for its own sums.
-template <int PIECES>
-GB_INLINE void squares_of_pieces(const float* x, int n, double* sums) {
+// The sum of the squares of up to 256 values. A square is exact in float64, so a fused multiply-add changes nothing.
+GB_INLINE double squares_of_piece(const float* x, int n) {
 #if GB_VNNI
-    __m512d low[PIECES], high[PIECES];
-    GB_UNROLL
-    for (int p = 0; p < PIECES; p++) low[p] = high[p] = _mm512_setzero_pd();
+    __m512d low = _mm512_setzero_pd(), high = low;
     for (int at = 0; at < n; at += NORM_LANES) {
-        GB_UNROLL
-        for (int p = 0; p < PIECES; p++) {
-            const float* from = x + p * NORM_PIECE + at;
-            __m512 both = n - at < NORM_LANES ? _mm512_maskz_loadu_ps((__mmask16)((1 << (n - at)) - 1), from)
-                                              : _mm512_loadu_ps(from);
-            __m512d a = _mm512_cvtps_pd(_mm512_castps512_ps256(both));
-            __m512d b = _mm512_cvtps_pd(_mm512_extractf32x8_ps(both, 1));
-            low[p] = _mm512_fmadd_pd(a, a, low[p]);
-            high[p] = _mm512_fmadd_pd(b, b, high[p]);
-        }
+        __mmask16 some = n - at < NORM_LANES ? (__mmask16)((1 << (n - at)) - 1) : (__mmask16)0xffff;
+        __m512 both = _mm512_maskz_loadu_ps(some, x + at);
+        __m512d a = _mm512_cvtps_pd(_mm512_castps512_ps256(both)), b = _mm512_cvtps_pd(_mm512_extractf32x8_ps(both, 1));
+        low = _mm512_fmadd_pd(a, a, low);
+        high = _mm512_fmadd_pd(b, b, high);
     }
-    GB_UNROLL
-    for (int p = 0; p < PIECES; p++) {
-        __m512d eight = _mm512_add_pd(low[p], high[p]);
-        __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(eight), _mm512_extractf64x4_pd(eight, 1));
-        __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
-        sums[p] = _mm_cvtsd_f64(two) + _mm_cvtsd_f64(_mm_unpackhi_pd(two, two));
-    }
+    __m512d eight = _mm512_add_pd(low, high);
+    __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(eight), _mm512_extractf64x4_pd(eight, 1));
+    __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+    return _mm_cvtsd_f64(two) + _mm_cvtsd_f64(_mm_unpackhi_pd(two, two));
 #else
-    for (int p = 0; p < PIECES; p++, x += NORM_PIECE) {
-        double lanes[NORM_LANES] = {};
-        int at = 0;
-        for (; at + NORM_LANES <= n; at += NORM_LANES)
-            for (int i = 0; i < NORM_LANES; i++) lanes[i] += (double)x[at + i] * (double)x[at + i];
-        for (int i = 0; at + i < n; i++) lanes[i] += (double)x[at + i] * (double)x[at + i];
-        sums[p] = halves(lanes);
-    }
+    double lanes[NORM_LANES] = {};
+    int at = 0;
+    for (; at + NORM_LANES <= n; at += NORM_LANES)
+        for (int i = 0; i < NORM_LANES; i++) lanes[i] += (double)x[at + i] * (double)x[at + i];
+    for (int i = 0; at + i < n; i++) lanes[i] += (double)x[at + i] * (double)x[at + i];
+    return halves(lanes);
 #endif
 }
 
 GB_INLINE double sum_of_piece(const double* x, int n) {
+    if (n <= 2) return n == 2 ? x[0] + x[1] : x[0];
     double lanes[NORM_LANES] = {};
     for (int at = 0; at < n; at += NORM_LANES)
         for (int i = 0; i < NORM_LANES && at + i < n; i++) lanes[i] += x[at + i];
@@ -71,25 +58,18 @@ static void add_piece(Sums* s, double sum) {
 }
 
 static double sum_of_squares(const float* x, int64_t n) {
-    double sums[4];
-    if (n <= NORM_PIECE) {
-        squares_of_pieces<1>(x, (int)n, sums);
-        return sums[0];
+    if (n <= NORM_PIECE) return squares_of_piece(x, (int)n);
+    if (n <= NORM_PIECE * NORM_PIECE) {
+        double held[NORM_PIECE];
+        int count = 0;
+        for (int64_t at = 0; at < n; at += NORM_PIECE)
+            held[count++] = squares_of_piece(x + at, (int)(n - at < NORM_PIECE ? n - at : NORM_PIECE));
+        return sum_of_piece(held, count);
     }
     Sums s;
     for (int level = 0; level < 8; level++) s.count[level] = 0;
-    for (int64_t at = 0; at < n;) {
-        int pieces = n - at >= 4 * NORM_PIECE ? 4 : n - at >= 2 * NORM_PIECE ? 2 : 1;
-        int each = n - at < NORM_PIECE ? (int)(n - at) : NORM_PIECE;
-        if (pieces == 4)
-            squares_of_pieces<4>(x + at, NORM_PIECE, sums);
-        else if (pieces == 2)
-            squares_of_pieces<2>(x + at, NORM_PIECE, sums);
-        else
-            squares_of_pieces<1>(x + at, each, sums);
-        for (int p = 0; p < pieces; p++) add_piece(&s, sums[p]);
-        at += pieces * NORM_PIECE;
-    }
+    for (int64_t at = 0; at < n; at += NORM_PIECE)
+        add_piece(&s, squares_of_piece(x + at, (int)(n - at < NORM_PIECE ? n - at : NORM_PIECE)));
     double sum = 0.0;  // of the levels below: what did not fill a piece there
     bool some = false;
     for (int level = 0; level < 8; level++) {

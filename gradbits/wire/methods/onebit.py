@@ -42,9 +42,9 @@ class OneBit(Codec):
     def encode(self, x: torch.Tensor, key: Noise = None, state: State | None = None) -> Payload:
         flat = check_values(x)
         positive = flat >= 0
-        wide, count = flat.double(), positive.sum().clamp(min=1)
-        high = (wide.clamp(min=0).sum() / count).float()
-        low = (wide.clamp(max=0).sum() / (flat.numel() - positive.sum()).clamp(min=1)).float()
+        count = torch.count_nonzero(positive)
+        high = (flat.clamp(min=0).sum(dtype=torch.float64) / count.clamp(min=1)).float()
+        low = (flat.clamp(max=0).sum(dtype=torch.float64) / (flat.numel() - count).clamp(min=1)).float()
         return _payload(self.name, x, positive, torch.stack([low, high]))
 
     def decode(self, payload: Payload) -> torch.Tensor:
@@ -78,7 +78,7 @@ class Sign(Codec):
 
     def encode(self, x: torch.Tensor, key: Noise = None, state: State | None = None) -> Payload:
         flat = check_values(x)
-        scale = (flat.double().abs().sum() / max(flat.numel(), 1)).float()
+        scale = (flat.abs().sum(dtype=torch.float64) / max(flat.numel(), 1)).float()
         return _payload(self.name, x, flat >= 0, torch.stack([-scale, scale]))
 
     def decode(self, payload: Payload) -> torch.Tensor:
@@ -96,5 +96,6 @@ def _decode(payload: Payload, name: str) -> torch.Tensor:
     values = payload.part("values", torch.float32, 2)
     if not bool(torch.isfinite(values).all()):
         raise CorruptDataError("payload: a value is not finite")
-    symbols = run("unpack_symbols", Request(codes.device.type), "auto", codes, 1, count)
-    return restore(torch.where(symbols > 0, values[1], values[0]), payload)
+    norms = torch.ones(1, device=codes.device)
+    decoded = run("decode_buckets", Request(codes.device.type), "auto", codes, norms, values, max(count, 1), 1, count)
+    return restore(decoded, payload)

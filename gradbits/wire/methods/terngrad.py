@@ -74,6 +74,6 @@ class TernGrad(LevelCodec):
     def encode(self, x: torch.Tensor, key: Noise = None, state: State | None = None) -> Payload:
         flat = check_values(x)
         if self.clip is not None and flat.numel():
-            limit = self.clip * float(flat.double().std(correction=0))
+            limit = min(self.clip * float(flat.double().std(correction=0)), torch.finfo(torch.float32).max)
             x = flat.clamp(-limit, limit).reshape(x.shape).to(x.dtype)
         return LevelCodec.encode(self, x, key, state)

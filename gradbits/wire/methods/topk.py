@@ -69,7 +69,9 @@ class TopK(Codec):
         kept = places.numel()
         wide = torch.int64 if count > 1 << 31 else torch.int32
         payload.part("places", wide, kept)
-        values = payload.part("values", payload.dtype if payload.dtype in _HALF else torch.float32, kept)
+        values = payload.parts.get("values", places)
+        narrow = payload.dtype in _HALF and values.dtype == payload.dtype  # error feedback has float32 values
+        values = payload.part("values", payload.dtype if narrow else torch.float32, kept)
         if kept > count or kept < int(count * _LEAST) or (count and not kept):
             raise CorruptDataError(f"payload: {kept} values of {count} are not possible")
         if kept and not bool((places.diff() > 0).all() & (places[0] >= 0) & (places[-1] < count)):
