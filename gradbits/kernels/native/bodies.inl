@@ -4,9 +4,10 @@ namespace GB_ISA {
 namespace {
 #include "quantize.inl"
 #include "range.inl"
+#include "weave.inl"
 #include "tile.inl"
 #include "epilogue.inl"
-#include "patch.inl"
+#include "blocks.inl"
 #include "rows.inl"
 #include "columns.inl"
 #include "pack.inl"
