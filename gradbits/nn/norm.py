@@ -15,7 +15,8 @@ from gradbits.core.errors import NothingToQuantizeError
 from gradbits.kernels.native import norm as native
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_FLAG = "_gradbits_fused"  # on a batch norm: "wanted" by fuse_, "used" once norm_relu came by
+LEAST = 1 << 20  # elements from which on one pass was measured to be faster, see benchmarks/fused_norm.py
+_FLAG = "_gradbits_fused"  # on a batch norm: "wanted" by fuse_, "used" once it was computed so
 
 
 class NormReLU(torch.autograd.Function):
@@ -62,8 +63,9 @@ def norm_relu(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = 
 
     .. math:: y = \max\Big(0,\ \gamma\,\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + r\Big)
 
-    One pass is taken by the native kernels for batch norms on the processor with channels last in memory; everything
-    else is computed as it is written. The results are equal up to the rounding of float32.
+    One pass is taken by the native kernels for batch norms on the processor with channels last in memory and at least
+    ``LEAST`` elements, from which on it is faster; everything else is computed as it is written. The results are equal
+    up to the rounding of float32.
 
     Args:
         norm: any module; a batch norm can be fused.
@@ -73,10 +75,9 @@ def norm_relu(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = 
     >>> norm_relu(nn.BatchNorm2d(2), torch.zeros(4, 2, 3, 3)).shape
     torch.Size([4, 2, 3, 3])
     """
-    if norm.__dict__.get(_FLAG) is not None:
+    if norm.__dict__.get(_FLAG) is not None and why_not_fused(norm, x, residual) is None:
         norm.__dict__[_FLAG] = "used"
-        if why_not_fused(norm, x, residual) is None:
-            return _fused(norm, x, residual)
+        return _fused(norm, x, residual)
     y = _plain(norm, x)
     return F.relu(y if residual is None else y + residual)
 
@@ -95,6 +96,8 @@ def why_not_fused(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | Non
         return "the input does not fit it, or has a single value in a channel"
     if residual is not None and (residual.dtype, residual.shape, residual.stride()) != (x.dtype, x.shape, x.stride()):
         return "the residual differs from the input in dtype, shape or order"
+    if x.numel() < LEAST:
+        return f"{x.numel()} elements are too few to gain by it"
     return native.why_not(x)
 
 
@@ -183,7 +186,7 @@ def fuse_(model: nn.Module) -> tuple[str, ...]:
     names = []
     for name, module in model.named_modules():
         if isinstance(module, NORMS):
-            module.__dict__.setdefault(_FLAG, "used" if isinstance(module, FusedBatchNorm2d) else "wanted")
+            module.__dict__.setdefault(_FLAG, "wanted")
             names.append(name)
     if not names:
         raise NothingToQuantizeError("model: has no batch norm, so there is nothing to fuse")

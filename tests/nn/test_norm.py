@@ -20,6 +20,12 @@ from gradbits.train.models import build_model
 NATIVE = pytest.mark.skipif(library.why_not() is not None, reason=f"no native kernels: {library.why_not()}")
 
 
+@pytest.fixture(autouse=True)
+def however_few(monkeypatch):
+    """Fuse small images too."""
+    monkeypatch.setattr("gradbits.nn.norm.LEAST", 0)
+
+
 def images(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 3 + 1
     return x.to(dtype).movedim(1, -1).contiguous().movedim(-1, 1).requires_grad_()
@@ -126,6 +132,15 @@ def test_what_cannot_be_fused_is_computed_as_written(x, r):
     assert torch.equal(norm_relu(fused, x, r), F.relu(want if r is None else want + r))
 
 
+@NATIVE
+def test_few_elements_are_left_to_pytorch(monkeypatch):
+    monkeypatch.setattr("gradbits.nn.norm.LEAST", 1 << 20)
+    _, fused = norms(8)
+    assert "too few" in why_not_fused(fused, images(4, 8, 6, 6))
+    norm_relu(fused, images(4, 8, 6, 6))
+    assert not gb.report(fused).fused
+
+
 def test_nothing_is_fused_unless_asked_for(monkeypatch):
     def fail(*args):
         raise AssertionError
@@ -148,6 +163,7 @@ def test_bad_input_is_refused_as_pytorch_refuses_it():
         gb.fuse_(nn.Linear(2, 2))
 
 
+@NATIVE
 def test_sequences_keep_names_parameters_and_results():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
@@ -168,6 +184,7 @@ def test_sequences_keep_names_parameters_and_results():
     assert not gb.report(net).fused
 
 
+@NATIVE
 @pytest.mark.parametrize("name", ["resnet18", "resnet20"])
 def test_residual_networks(name):
     torch.manual_seed(0)
