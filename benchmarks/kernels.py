@@ -22,6 +22,8 @@ from gradbits.kernels.native import packing, products, quantize
 
 Contest = dict[str, Callable[[], object]]
 CONVS = (  # batch, channels in, out, kernel, stride, image side
+    (32, 1, 16, 3, 1, 28),
+    (32, 32, 32, 3, 1, 14),
     (32, 64, 64, 3, 1, 32),
     (32, 128, 128, 3, 1, 16),
     (32, 64, 64, 3, 1, 8),
@@ -71,14 +73,14 @@ def matmul_contests() -> dict[str, Contest]:
     """Return the three products of linear layers, and a batch of attention products."""
     contests: dict[str, Contest] = {}
     e = Epilogue(torch.tensor([[0.01]]))
-    for m, k, n in ((2048, 1024, 1024), (2048, 512, 512), (128, 784, 128)):
+    for m, k, n in ((8192, 1024, 1024), (2048, 1024, 1024), (2048, 512, 2048), (2048, 512, 512), (128, 784, 128)):
         x, w, g = codes(m, k), codes(n, k), codes(m, n)
         for product, a, b in (("output", x, w.t()), ("grad_input", g, w), ("grad_weight", g.t(), x)):
             fa, fb = a.float(), b.float()
             contests[f"matmul {product} {m}x{k}->{n}"] = {
                 "native": lambda a=a, b=b: products.matmul(a, b, e),
                 "torch": lambda a=a, b=b: reference.matmul(a, b, e),
-                "library alone": lambda a=a, b=b: products.own_matmul(a, b, e),
+                "torch._int_mm, no epilogue": lambda a=a, b=b: torch._int_mm(a, b),
                 "fp32": lambda fa=fa, fb=fb: fa @ fb,
             }
     a, b = codes(64, 256 * 64).view(64, 256, 64), codes(64, 64 * 256).view(64, 64, 256)

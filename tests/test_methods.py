@@ -56,6 +56,19 @@ class Method:
 
 
 METHODS = [
+    Method("qat_int8", leaves=("matmul",)),
+    Method("qat_int8", {"weights": "tensor", "activation_bits": 7}, leaves=("matmul",)),
+    Method("qat_int8", {"weight_bits": 4, "activation_bits": 4}, leaves=("matmul",), error=0.3, loss=0.8),
+    Method("lsq", leaves=("matmul",), error=0.9, loss=0.8),
+    Method(
+        "lsq",
+        {"weight_bits": 8, "activation_bits": 8, "signed_activations": True, "per_channel": True},
+        leaves=("matmul",),
+        error=0.1,
+    ),
+    # its products are of normalised values: near the float layer in size and direction only
+    Method("ewgs", {"weight_bits": 1, "activation_bits": 1}, leaves=("matmul",), error=3.0, loss=0.9),
+    Method("ewgs", {"weight_bits": 8, "activation_bits": 8, "delta": 0.1}, leaves=("matmul",), error=3.0, loss=0.9),
     Method("int8_dynamic"),
     Method("int8_dynamic", {"rows": "row", "share_gradient": False}, own_operands=True),
     Method("int8_dynamic", {"bits": 4}, error=0.6, loss=0.8),
@@ -212,6 +225,9 @@ def test_gradients_are_unbiased_where_claimed(method, layer):
         deviation, error = sample.std(0), (sample.mean(0) - truth).abs()
         moves = deviation > 1e-6 * truth.abs().max()
         z = error[moves] / (deviation[moves] / draws**0.5)
+        if not gb.recipes()[method.name].factory(**method.options).is_stochastic:
+            assert all(torch.equal(value, want[name]) for value in values), name
+            continue
         assert float(z.max()) < stats.t.isf(ALARM / 2 / z.numel(), draws - 1), name
         assert float(error[~moves].sum()) < 1e-4 * float(truth.abs().max()), name
 
@@ -273,7 +289,12 @@ def test_seed_and_threads_decide_everything(method, layer):
             results.append([run(module, inputs, seed) for seed in (1, 1, 2)])
     finally:
         torch.set_num_threads(threads)
-    assert all(same(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+    for a, b in zip(*results, strict=True):
+        if recipe.grad_input is None or recipe.grad_weight is None:  # torch's float products round by the thread count
+            assert torch.equal(a["output"], b["output"])
+            assert all(torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-5) for name in a)
+        else:
+            assert same(a, b)
     again, after = (run(setup(method, layer), inputs, seed) for seed in (1, 2))
     assert same(again, results[0][0])
     assert same(again, after) is not recipe.is_stochastic

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
@@ -15,11 +16,15 @@ VERBS: dict[str, str] = {
     "recipes": "recipes",
     "train": "train",
     "evaluate": "evaluate",
+    "export": "export",
     "compress": "storage",
     "decompress": "storage",
     "inspect": "storage",
     "verify": "storage",
 }
+
+# verb with subcommands -> module of gradbits.cli whose ``build`` returns them
+GROUPS: dict[str, str] = {"bench": "bench"}
 
 
 def build() -> typer.Typer:
@@ -34,14 +39,25 @@ def build() -> typer.Typer:
     )
     for verb, module in VERBS.items():
         app.command(verb)(getattr(import_module(f"gradbits.cli.{module}"), verb))
+    for verb, module in GROUPS.items():
+        app.add_typer(import_module(f"gradbits.cli.{module}").build(), name=verb)
     return app
 
 
 def run() -> None:
     """Run the application; a ``GradbitsError`` is the user's to mend, so it is shown as one line."""
+    code: int | str | None = 0
     try:
         build()()
+    except SystemExit as end:
+        code = end.code
     except GradbitsError as error:
-        message = " ".join(str(error).split())
-        print(f"gradbits: error: {message}", file=sys.stderr)
-        sys.exit(2)
+        if type(error).__name__ != "OtherRankError":  # rank 0 says it
+            print(f"gradbits: error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # the ordinary end of a gloo group can wait for its own thread forever
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
+    sys.exit(code)

@@ -21,10 +21,16 @@ def train(
     text: Annotated[Path | None, typer.Option(help="A file to learn byte by byte; the last tenth is the test.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use only the first N training samples (bytes of a text).")] = None,
     model: Annotated[
-        str | None, typer.Option(help="mlp, small_cnn, resnet20, gpt or package.module:factory.", show_default=False)
+        str | None,
+        typer.Option(
+            help="mlp, small_cnn, resnet20, resnet18, mobilenet, gpt or package.module:factory.", show_default=False
+        ),
     ] = None,
     model_set: Annotated[
         list[str] | None, typer.Option(help="Argument of the model, as d_model=256; repeatable.")
+    ] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="A model file to start from: safetensors, gbz or a checkpoint of train.")
     ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="A recipe, fp32, bf16 or none. Default: unified_int8; int8_dynamic for text.")
@@ -40,7 +46,9 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Length in epochs.")] = None,
     steps: Annotated[int | None, typer.Option(help="Length in steps, instead of epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples of a batch.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="sgd (momentum 0.9), adam or adamw.")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="sgd (momentum 0.9), adam, adamw, quantized_adam, onebit_adam.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Weight decay.")] = None,
     schedule: Annotated[str | None, typer.Option(help="cosine (default) or constant.")] = None,
@@ -51,6 +59,22 @@ def train(
     ] = None,
     pack_activations: Annotated[
         int | None, typer.Option(help="Bits of what autograd keeps for the backward pass, 2 to 8. Default: as it is.")
+    ] = None,
+    gradient_l1: Annotated[
+        float | None,
+        typer.Option(
+            "--gradient-l1", help="Coefficient of the L1 norms of the loss's gradients, as 0.01; for float networks."
+        ),
+    ] = None,
+    gradient_l1_activations: Annotated[
+        float | None,
+        typer.Option("--gradient-l1-activations", help="The same for activations alone. Default: as --gradient-l1."),
+    ] = None,
+    gradient_l1_start: Annotated[
+        float | None, typer.Option("--gradient-l1-start", help="Part of the steps before it begins. Default: 0.")
+    ] = None,
+    eval_bits: Annotated[
+        str | None, typer.Option(help="Test the trained networks quantized to so many bits as well: 8,6,5,4.")
     ] = None,
     prune: Annotated[
         float | None, typer.Option(help="Sparsity of the weights, reached from 10 to 60 % of the steps, as 0.9.")
@@ -67,6 +91,17 @@ def train(
     draws: Annotated[
         int | None, typer.Option(help="Draws of the noise for --measure-variance, at least 3. Default: 32.")
     ] = None,
+    wire: Annotated[
+        str | None,
+        typer.Option(help="With torchrun: gradients between ranks, none, fp16, bf16, powersgd or a codec, as alq."),
+    ] = None,
+    wire_bits: Annotated[int | None, typer.Option(help="Bits of the codec.")] = None,
+    wire_bucket: Annotated[int | None, typer.Option(help="Values that share a scale on the wire.")] = None,
+    wire_feedback: Annotated[
+        bool | None, typer.Option(help="Add what is lost to the next gradient. Default: as the codec wants.")
+    ] = None,
+    wire_start: Annotated[int | None, typer.Option(help="Steps at the beginning that go uncompressed.")] = None,
+    entropy: Annotated[str | None, typer.Option(help="huffman or zstd: entropy coding on the wire.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints, besides one at each test.")] = None,
     log_every: Annotated[int | None, typer.Option(help="Steps between lines of log.jsonl. Default: 10.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for everything. Default: a fresh one under runs/.")] = None,
@@ -80,14 +115,11 @@ def train(
     from gradbits.train.experiment import Experiment
     from gradbits.train.interrupt import Interrupted
     from gradbits.train.options import TrainOptions
+    from gradbits.train.ranks import joined
 
     if recipe is not None and compare is not None:
         raise ArgumentError(f"recipe={recipe!r}: cannot be combined with compare={compare!r}; name it there")
     networks = _split(compare) if compare is not None else ((recipe,) if recipe is not None else None)
-    try:
-        numbers = None if seeds is None else tuple(int(seed) for seed in _split(seeds))
-    except ValueError as error:
-        raise ArgumentError(f"seeds={seeds!r}: must be integers with commas between them, as 0,1,2") from error
     options = TrainOptions(
         data=data,
         data_dir=None if data_dir is None else str(data_dir),
@@ -95,9 +127,10 @@ def train(
         limit=limit,
         model=model,
         model_set=tuple(model_set) if model_set else None,
+        init=None if init is None else str(init),
         networks=networks,
         overrides=tuple(set_) if set_ else None,
-        seeds=numbers,
+        seeds=_integers("seeds", seeds, "0,1,2"),
         epochs=epochs,
         steps=steps,
         batch_size=batch_size,
@@ -109,28 +142,58 @@ def train(
         threads=threads,
         compute=compute,
         pack_activations=pack_activations,
+        gradient_l1=gradient_l1,
+        gradient_l1_activations=gradient_l1_activations,
+        gradient_l1_start=gradient_l1_start,
+        eval_bits=_integers("eval_bits", eval_bits, "8,6,5,4"),
         prune=prune,
         share=share,
         measure_variance=True if measure_variance else None,
         draws=draws,
+        wire=wire,
+        wire_bits=wire_bits,
+        wire_bucket=wire_bucket,
+        wire_feedback=wire_feedback,
+        wire_start=wire_start,
+        entropy=entropy,
         save_every=save_every,
         log_every=log_every,
     )
     program = [Path(sys.executable).name, "-m", "gradbits"] if sys.argv[0].endswith("__main__.py") else ["gradbits"]
-    command = shlex.join([*program, *sys.argv[1:]])
-    console = Console(width=None if sys.stdout.isatty() else 120)  # a pipe has no width; rich would take 80
-    experiment = Experiment(options, out=out, resume=resume, overwrite=overwrite, command=command, console=console)
-    try:
-        experiment.run()
-    except Interrupted as stopped:
-        again = shlex.join([*program, "train", "--out", str(experiment.folder().root), "--resume"])
-        console.print(f"stopped, the state is saved; to go on: {again}", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(128 + stopped.signal) from stopped
-    console.print(f"models: {experiment.folder().models}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"results: {experiment.folder().results}", highlight=False, markup=False, soft_wrap=True)
-    if experiment.options.measure_variance:
-        console.print(f"variance: {experiment.folder().variance}", highlight=False, markup=False, soft_wrap=True)
+    with joined() as ranks:
+        if ranks.world > 1:
+            program = ["torchrun", f"--nproc-per-node={ranks.world}", "-m", "gradbits"]
+        command = shlex.join([*program, *sys.argv[1:]])
+        # a pipe has no width; rich would take 80
+        console = Console(width=None if sys.stdout.isatty() else 120, quiet=not ranks.leads)
+        experiment = Experiment(
+            options, out=out, resume=resume, overwrite=overwrite, command=command, console=console, ranks=ranks
+        )
+        try:
+            experiment.run()
+        except Interrupted as stopped:
+            root = experiment.folder().root if ranks.leads else ""
+            again = shlex.join([*program, "train", "--out", str(root), "--resume"])
+            console.print(
+                f"stopped, the state is saved; to go on: {again}", highlight=False, markup=False, soft_wrap=True
+            )
+            raise typer.Exit(128 + stopped.signal) from stopped
+        if ranks.leads:
+            folder = experiment.folder()
+            console.print(f"models: {folder.models}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"results: {folder.results}", highlight=False, markup=False, soft_wrap=True)
+            if experiment.options.measure_variance:
+                console.print(f"variance: {folder.variance}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _split(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _integers(name: str, text: str | None, example: str) -> tuple[int, ...] | None:
+    from gradbits.core.errors import ArgumentError
+
+    try:
+        return None if text is None else tuple(int(part) for part in _split(text))
+    except ValueError as error:
+        raise ArgumentError(f"{name}={text!r}: must be integers with commas between them, as {example}") from error

@@ -31,6 +31,10 @@ class FallbackError(GradbitsError, RuntimeError):
     """With ``strict=True``: something would have been left in float or computed another way than asked."""
 
 
+class GraphError(GradbitsError, RuntimeError):
+    """The graph of a model cannot be followed, or holds what integers cannot compute."""
+
+
 class DoubleBackwardError(GradbitsError, RuntimeError):
     """A quantized layer was differentiated twice."""
 
@@ -41,6 +45,10 @@ class UnsupportedError(GradbitsError, NotImplementedError):
 
 class CorruptDataError(GradbitsError, ValueError):
     """A file or a message is damaged, truncated or of another kind than expected."""
+
+
+class WireError(GradbitsError, RuntimeError):
+    """An exchange between ranks failed; the message names the step and, where one is known, the rank."""
 
 
 class MissingDataError(GradbitsError, FileNotFoundError):

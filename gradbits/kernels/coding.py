@@ -33,10 +33,19 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     return unpack_codes(packed, bits, count)
 
 
+def sum_codes(codes: torch.Tensor, axis: int) -> torch.Tensor:
+    """Return the int32 sums of int8 ``codes`` along ``axis``, which keeps one entry; at most 2^24 codes in a sum.
+
+    >>> sum_codes(torch.tensor([[1, 2], [3, 4]], dtype=torch.int8), 0).tolist()
+    [[4, 6]]
+    """
+    return codes.sum(axis, keepdim=True, dtype=torch.int32)
+
+
 def kernels() -> tuple[Kernel, ...]:
     """Return the kernels of this backend."""
 
     def always(request: Request) -> str | None:
         return None
 
-    return tuple(Kernel(f.__name__, "torch", f, always) for f in (min_max, pack, unpack))
+    return tuple(Kernel(f.__name__, "torch", f, always) for f in (min_max, pack, unpack, sum_codes))

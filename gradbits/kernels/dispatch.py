@@ -23,6 +23,8 @@ BACKENDS = (
     "gradbits.kernels.onednn",
     "gradbits.kernels.quantize",
     "gradbits.kernels.coding",
+    "gradbits.kernels.buckets",
+    "gradbits.kernels.huffman_symbols",
     "gradbits.kernels.reference",
     "gradbits.kernels.simulate",
 )

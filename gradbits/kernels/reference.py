@@ -134,7 +134,7 @@ def _dense_weight(w: torch.Tensor, count: int) -> torch.Tensor:
     return dense.view(taps * count * ci, count * co)
 
 
-def _conv_sum(x: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
+def conv_sum(x: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
     """Return the exact sums [N, *output, Co] for padded channels-last codes ``x`` [N, *spatial, Ci]."""
     groups, samples = geometry.groups, x.shape[0]
     output = geometry.output_size
@@ -157,7 +157,7 @@ def _conv_sum(x: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry) -> torch
 def conv_output(x: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry, epilogue: Epilogue) -> torch.Tensor:
     """Return the convolution of codes ``x`` [N, Ci, *] and ``w`` [Co, Ci/groups, *]."""
     padded = pad_spatial(channels_last(x), geometry.padding, geometry.padding)
-    return epilogue.apply_(channels_first(_conv_sum(padded, w, geometry)))
+    return epilogue.apply_(channels_first(conv_sum(padded, w, geometry)))
 
 
 def conv_grad_input(grad: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry, epilogue: Epilogue) -> torch.Tensor:
@@ -174,7 +174,7 @@ def conv_grad_input(grad: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry,
             ones, zeros, phase.dilation, g.groups, tuple(padded.shape[1:-1]), tuple(weight.shape[2:])
         )
         where = (slice(None), *phase.positions)
-        total[where] = _conv_sum(padded, weight, plain).to(dtype)
+        total[where] = conv_sum(padded, weight, plain).to(dtype)
     return epilogue.apply_(channels_first(total))
 
 

@@ -2,7 +2,28 @@
 
 from gradbits.nn.activations import pack_activations
 from gradbits.nn.convert import dequantize_, quantize_
+from gradbits.nn.integer_convert import convert_
+from gradbits.nn.integer_model import IntegerModel
 from gradbits.nn.matmul import Matmul
+from gradbits.nn.norm import fuse_, norm_relu, unfuse_
+from gradbits.nn.reinforce import ReinforceNeuron
 from gradbits.nn.report import Report, report
+from gradbits.nn.stochastic import BinaryNeuron, NoisyRectifier, StochasticTimesSmooth
 
-__all__ = ["Matmul", "Report", "dequantize_", "pack_activations", "quantize_", "report"]
+__all__ = [
+    "BinaryNeuron",
+    "IntegerModel",
+    "Matmul",
+    "NoisyRectifier",
+    "ReinforceNeuron",
+    "Report",
+    "StochasticTimesSmooth",
+    "convert_",
+    "dequantize_",
+    "fuse_",
+    "norm_relu",
+    "pack_activations",
+    "quantize_",
+    "report",
+    "unfuse_",
+]

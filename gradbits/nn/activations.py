@@ -2,127 +2,81 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from gradbits.core.checks import check_integer
-from gradbits.core.errors import ArgumentError
-from gradbits.core.grain import PerBlock
-from gradbits.core.qtensor import QTensor
-from gradbits.kernels.quantize import memory_order
-from gradbits.quantizers.grids import Affine
-from gradbits.quantizers.quantizer import Quantizer
-from gradbits.quantizers.ranges import MinMax
+from gradbits.core.checks import check_bits, check_integer
+from gradbits.core.packing import packed_width
+from gradbits.nn.packed import (
+    Again,
+    Bits,
+    Content,
+    Groups,
+    Integers,
+    Layout,
+    LogProbabilities,
+    Packed,
+    Positive,
+    SignedCodes,
+)
+from gradbits.nn.saved import Kept, kept_as
 
-# exp() of what these save is what their backward pass needs: rounding it without bias would not help
-LEFT_ALONE = ("SoftmaxBackward0", "LogSoftmaxBackward0")
-_NOTE = "gradbits"  # key of what is noted on the nodes of a graph
-
-
-class Packed:
-    """One tensor that autograd saved, in few bits; ``unpack`` gives it back."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        order = memory_order(tensor)
-        self.order = tuple(range(tensor.dim())) if order is None else order
-        self.shape = tensor.permute(self.order).shape
-        self.dtype = tensor.dtype
-
-    def flat(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the elements in memory order."""
-        return tensor.permute(self.order).reshape(-1)
-
-    def shaped(self, flat: torch.Tensor) -> torch.Tensor:
-        """Return elements in memory order as a tensor of the saved shape and strides."""
-        inverse = sorted(range(len(self.order)), key=lambda i: self.order[i])
-        return flat.view(self.shape).permute(inverse)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are kept."""
-        raise NotImplementedError
-
-    def unpack(self) -> torch.Tensor:
-        """Return the tensor."""
-        raise NotImplementedError
-
-
-class PackedBits(Packed):
-    """Which elements are positive (or True), one bit each."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        super().__init__(tensor)
-        positive = self.flat(tensor.detach()) > 0 if tensor.dtype != torch.bool else self.flat(tensor.detach())
-        padded = torch.cat([positive, positive.new_zeros(-positive.numel() % 8)]).view(torch.uint8).view(-1, 8)
-        self.bits = padded[:, 0].clone()
-        for lane in range(1, 8):
-            self.bits |= padded[:, lane] << lane
-
-    @property
-    def nbytes(self) -> int:
-        return self.bits.numel()
-
-    def unpack(self) -> torch.Tensor:
-        lanes = torch.stack([(self.bits >> lane) & 1 for lane in range(8)], dim=1).reshape(-1)
-        return self.shaped(lanes[: self.shape.numel()].to(self.dtype))
-
-
-class PackedIndices(Packed):
-    """Integers in the smallest signed type that holds them."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        super().__init__(tensor)
-        low, high = torch.aminmax(tensor)
-        limit = max(-int(low) - 1, int(high))
-        small = next((t for t in (torch.int8, torch.int16, torch.int32) if limit <= torch.iinfo(t).max), torch.int64)
-        self.values = self.flat(tensor.detach()).to(small)
-
-    @property
-    def nbytes(self) -> int:
-        return self.values.numel() * self.values.element_size()
-
-    def unpack(self) -> torch.Tensor:
-        return self.shaped(self.values.to(self.dtype))
-
-
-class PackedValues(Packed):
-    """Values in groups, each with its own range, stochastically rounded."""
-
-    def __init__(self, tensor: torch.Tensor, quantizer: Quantizer) -> None:
-        super().__init__(tensor)
-        self.codes: QTensor = quantizer.quantize(self.flat(tensor.detach())).pack()
-
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes
-
-    def unpack(self) -> torch.Tensor:
-        return self.shaped(self.codes.dequantize(self.dtype))
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+RELU, LOG_SOFTMAX = "ReluBackward0", "LogSoftmaxBackward0"
+_NOTE = "gradbits saved its own output"  # key of what is noted on the nodes of a graph
 
 
 @dataclass
 class Tally:
-    """Bytes that autograd would have kept, and those that are kept instead; each tensor once."""
+    """Bytes that autograd would have kept, and those that are kept instead; what several tensors share counts once."""
 
     before: int = 0
     after: int = 0
 
 
+@dataclass
+class _Memory:
+    """One storage of which something was saved.
+
+    Args:
+        holder: keeps its address from being given out again; does not keep its bytes.
+        nbytes: its size.
+        contents: what was packed of it, by place and version, as long as it is kept.
+        own: what operations keep of their own outputs in it, by place and version.
+        held: whether a tensor was saved as it is.
+    """
+
+    holder: StorageWeakRef
+    nbytes: int
+    contents: dict[Any, ref[Content]] = field(default_factory=dict)
+    own: dict[Any, ref[Packed]] = field(default_factory=dict)
+    held: bool = False
+
+    def hold(self) -> int:
+        """Note that it stays in memory; return the bytes that this adds."""
+        added = 0 if self.held else self.nbytes
+        self.held = True
+        return added
+
+
 class pack_activations(torch.autograd.graph.saved_tensors_hooks):  # a context, named as torch names its own
     r"""A context in which autograd keeps large tensors in few bits until the backward pass.
 
-    .. math:: \hat{x} = s\,\mathrm{SR}\big((x - \min x)/s\big) + \min x,\qquad s = (\max x - \min x)/(2^b - 1)
+    .. math:: \hat{x} = s\,\mathrm{SR}\big((x - l)/s\big) + l,\qquad l \approx \min x,\quad
+              s \approx (\max x - \min x)/(2^b - 1)
 
     over groups of consecutive elements, rounded stochastically: :math:`E[\hat x] = x`, so gradients of operations
     that are linear in what they save (matrix products, convolutions) stay unbiased; those of batch norm, layer norm and
     GELU are not linear in it and get a small bias. A ReLU needs only which of its outputs are positive: one bit
-    each, exactly. Masks take one bit, indices (max pooling) the smallest integer type that holds them, exactly. Two
-    layers that save the same tensor share one copy. Left alone are parameters, small tensors, codes of quantized layers
-    and what softmax saves.
+    each, exactly. Masks take one bit, indices (max pooling) the smallest integer type that holds them, exactly. Of a
+    log-softmax the probabilities are kept, in which its gradient is linear. Layers that save the same memory share one
+    copy. A quantized layer keeps its input's codes, in ``bits`` where they have more, and computes its weight's codes
+    again. Left alone are parameters and small tensors.
 
     Args:
         bits: bits of one value, 2 to 8; stored in 2, 4 or 8.
@@ -137,14 +91,12 @@ class pack_activations(torch.autograd.graph.saved_tensors_hooks):  # a context, 
     """
 
     def __init__(self, bits: int = 8, *, group: int = 256, min_elements: int = 1024) -> None:
+        check_bits(bits, "bits")
+        check_integer(group, "group", 16)  # in smaller ones, ranges take more than codes
         check_integer(min_elements, "min_elements", 1)
-        if group < 16:
-            raise ArgumentError(f"group={group!r}: must be an integer of at least 16, or ranges take more than codes")
-        self.quantizer = Quantizer(
-            grid=Affine(bits=bits), grain=PerBlock(size=group), range=MinMax(), rounding="stochastic"
-        )
-        self.min_elements = min_elements
+        self.bits, self.group, self.min_elements = bits, group, min_elements
         self.tally = Tally()
+        self._seen: dict[int, _Memory] = {}
         super().__init__(self._pack, lambda kept: kept.unpack() if isinstance(kept, Packed) else kept)
 
     def __enter__(self) -> pack_activations:  # type: ignore[override]
@@ -152,50 +104,105 @@ class pack_activations(torch.autograd.graph.saved_tensors_hooks):  # a context, 
         super().__enter__()
         return self
 
+    def __exit__(self, *args: object) -> None:
+        """Stop packing; what was packed stays so until the backward pass."""
+        self._seen.clear()
+        super().__exit__(*args)
+
     def _pack(self, tensor: torch.Tensor) -> Any:
-        size = tensor.numel() * tensor.element_size()
-        if not self._worth(tensor):
-            if not _is_parameter(tensor):
-                self.tally.before += size
-                self.tally.after += size
+        if _is_parameter(tensor):
             return tensor
-        known = _notes(tensor).get((_NOTE, tensor.output_nr), lambda: None)()
-        if known is not None:
-            return known
-        packed = self._packed(tensor)
-        self.tally.before += size
-        self.tally.after += packed.nbytes
-        return packed
+        if type(tensor) is not torch.Tensor or tensor.layout != torch.strided:
+            size = tensor.numel() * tensor.element_size()
+            self.tally.before += size
+            self.tally.after += size
+            return tensor
+        memory = self._memory_of(tensor)
+        kept, layout = kept_as(tensor), Layout.of(tensor)
+        place = _place(tensor, layout)
+        known = memory.contents.get(place, lambda: None)()
+        if known is None and not self._worth(tensor, kept):
+            self.tally.after += memory.hold()
+            return tensor
+        if _is_own_output(tensor):
+            own = Packed(layout, self._own_output(tensor, layout))
+            self.tally.after += own.content.nbytes
+            memory.own[place] = ref(own)
+            return own
+        if known is None:
+            known = self._content(tensor, layout, kept)
+            memory.contents[place] = ref(known)
+            self.tally.after += known.nbytes
+        return Packed(layout, known)
 
-    def _packed(self, tensor: torch.Tensor) -> Packed:
+    def _memory_of(self, tensor: torch.Tensor) -> _Memory:
+        """Return what is known of a tensor's memory; counts it when it is seen for the first time."""
+        storage = tensor.untyped_storage()
+        memory = self._seen.get(storage._cdata)
+        if memory is None:
+            memory = self._seen[storage._cdata] = _Memory(StorageWeakRef(storage), storage.nbytes())
+            self.tally.before += memory.nbytes
+        return memory
+
+    def _own_output(self, tensor: torch.Tensor, layout: Layout) -> Content:
+        """Return what an operation needs of its own output."""
+        assert tensor.grad_fn is not None
+        if tensor.grad_fn.name() == RELU:
+            return Bits(layout.flat(tensor) > 0)
+        return LogProbabilities(layout.flat(tensor), self.bits, self.group)
+
+    def _content(self, tensor: torch.Tensor, layout: Layout, kept: Kept | None) -> Content:
+        """Return what is kept of a tensor for whoever saved it."""
+        if kept is not None and kept.again is not None:
+            compute = kept.again
+            return Again(lambda: layout.flat(compute()))
+        flat = layout.flat(tensor)
         if tensor.dtype == torch.bool:
-            return PackedBits(tensor)
-        if not tensor.dtype.is_floating_point:
-            return PackedIndices(tensor)
-        if self._is_saved_by_relu(tensor):
-            return PackedBits(tensor)
-        values = PackedValues(tensor, self.quantizer)
-        _notes(tensor)[_NOTE, tensor.output_nr] = ref(values)
-        return values
+            return Bits(flat)
+        if not tensor.dtype.is_floating_point and kept is None:
+            return Integers(flat)
+        relu, positive = self._relu_that_made(tensor if kept is None else kept.signs_of(), layout)
+        content: Groups | SignedCodes
+        if kept is not None and positive is not None and packed_width(self.bits) == 8:
+            content = SignedCodes(flat, positive)
+        else:
+            content = Groups(flat, self.bits, self.group, whole=kept is not None, positive=positive)
+        if relu is not None:  # its bits are in there too
+            self.tally.after -= relu.content.nbytes
+            relu.content = Positive(content)
+        return content
 
-    def _is_saved_by_relu(self, tensor: torch.Tensor) -> bool:
-        """Whether it is a ReLU that saves its own output: the first to save it, before any layer that takes it."""
-        made_by = tensor.grad_fn
-        if made_by is None or made_by.name() != "ReluBackward0" or _NOTE in _notes(tensor):
-            return False
-        _notes(tensor)[_NOTE] = True
-        return True
+    def _relu_that_made(
+        self, value: torch.Tensor | None, layout: Layout
+    ) -> tuple[Packed | None, torch.Tensor | None]:
+        """Return what a ReLU keeps of its output ``value`` and where that is positive, in the order of ``layout``."""
+        if value is None:
+            return None, None
+        own = Layout.of(value)
+        memory = self._seen.get(value.untyped_storage()._cdata)
+        relu = None if memory is None else memory.own.get(_place(value, own), lambda: None)()
+        if relu is None or not isinstance(relu.content, Bits) or own.order != layout.order:
+            return None, None
+        return relu, own.flat(value) > 0
 
-    def _worth(self, tensor: torch.Tensor) -> bool:
-        if tensor.numel() < self.min_elements or type(tensor) is not torch.Tensor or tensor.layout != torch.strided:
+    def _worth(self, tensor: torch.Tensor, kept: Kept | None) -> bool:
+        """Whether a tensor is packed."""
+        if tensor.numel() < self.min_elements:
             return False
-        if tensor.dtype in (torch.int64, torch.int32, torch.bool):
-            return True
-        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            return False
-        if tensor.grad_fn is not None and tensor.grad_fn.name() in LEFT_ALONE:
-            return False
-        return not _is_parameter(tensor)
+        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            return False  # expanded: it takes less as it is
+        if kept is not None:
+            layout = Layout.of(tensor)
+            few = packed_width(self.bits) < 8
+            return few or kept.again is not None or self._relu_that_made(kept.signs_of(), layout)[0] is not None
+        return tensor.dtype in (torch.int64, torch.int32, torch.bool, *FLOATS)
+
+
+def _place(tensor: torch.Tensor, layout: Layout) -> tuple[Any, ...]:
+    """Return what names the elements of a tensor within its storage, as they are now."""
+    dense = tensor.permute(layout.order).is_contiguous()
+    where = None if dense else (tensor.shape, tensor.stride())
+    return tensor.storage_offset(), tensor.numel(), tensor.dtype, tensor._version, where
 
 
 def _is_parameter(tensor: torch.Tensor) -> bool:
@@ -204,7 +211,12 @@ def _is_parameter(tensor: torch.Tensor) -> bool:
     return isinstance(base, nn.Parameter) or (base.is_leaf and base.requires_grad)
 
 
-def _notes(tensor: torch.Tensor) -> dict[Any, Any]:
-    """Return the notes on the node that made a tensor: they name it for good, its address may be used again."""
-    notes: Any = {} if tensor.grad_fn is None else tensor.grad_fn.metadata
-    return notes
+def _is_own_output(tensor: torch.Tensor) -> bool:
+    """Whether it is a ReLU or log-softmax that saves its own output, not an operation that takes it."""
+    made_by: Any = tensor.grad_fn
+    if made_by is None or made_by.name() not in (RELU, LOG_SOFTMAX) or _NOTE in made_by.metadata:
+        return False
+    if made_by._saved_result is not None:  # it was saved before packing began
+        return False
+    made_by.metadata[_NOTE] = True
+    return True

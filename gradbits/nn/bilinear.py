@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from gradbits.core.errors import ScaleAxisError
 from gradbits.core.grain import Grain, PerChannel, PerTensor
 from gradbits.core.qtensor import QTensor, Rotation
-from gradbits.kernels.dispatch import Epilogue, Kernel, Request, choose
+from gradbits.kernels.dispatch import Epilogue, Kernel, Request, choose, run
 from gradbits.kernels.geometry import ConvGeometry, patch_bytes, terms_of
+from gradbits.kernels.sums import MOST, conv_with_ones
 from gradbits.nn.headroom import beyond_float32, turned_back, wide
 from gradbits.recipes.recipe import LEGAL_AXIS, Recipe
 
@@ -43,6 +44,16 @@ class Bilinear:
     def ones(self, product: str, role: str, codes: torch.Tensor) -> torch.Tensor:
         """Return codes of all ones that stand for ``role`` in a zero point's correction, as small as broadcasts."""
         raise NotImplementedError
+
+    def with_ones(
+        self, kernel: Kernel, product: str, role: str, codes: torch.Tensor, other: torch.Tensor
+    ) -> torch.Tensor:
+        """Return, in float32, the product of ``codes``, operand ``role``, with ones in the place of ``other``."""
+        first, second = OPERANDS[product]
+        plain = Epilogue(torch.ones((), device=codes.device))
+        if role == first:
+            return self.call(kernel, product, codes, self.ones(product, second, other), plain)
+        return self.call(kernel, product, self.ones(product, first, other), codes, plain)
 
     def in_float(self, product: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Return ``product`` in float."""
@@ -197,18 +208,16 @@ class Bilinear:
         offset_a, offset_b = a.zero_value(), b.zero_value()
         if offset_a is None and offset_b is None:
             return ()
-        plain = Epilogue(torch.ones((), device=a.codes.device))
-        ones_a = self.ones(product, roles[0], a.codes)
-        ones_b = self.ones(product, roles[1], b.codes)
         terms = []
         if offset_b is not None:
             offset_b = self.to_output(product, roles[1], offset_b)
-            terms.append(_times(scale_a, offset_b) * self.call(kernel, product, a.codes, ones_b, plain))
+            terms.append(_times(scale_a, offset_b) * self.with_ones(kernel, product, roles[0], a.codes, b.codes))
         if offset_a is not None:
             offset_a = self.to_output(product, roles[0], offset_a)
-            terms.append(_times(offset_a, scale_b) * self.call(kernel, product, ones_a, b.codes, plain))
+            terms.append(_times(offset_a, scale_b) * self.with_ones(kernel, product, roles[1], b.codes, a.codes))
         if offset_a is not None and offset_b is not None:
-            terms.append(_times(offset_a, offset_b) * self.call(kernel, product, ones_a, ones_b, plain))
+            ones_a = self.ones(product, roles[0], a.codes)
+            terms.append(_times(offset_a, offset_b) * self.with_ones(kernel, product, roles[0], ones_a, b.codes))
         return tuple(terms)
 
 
@@ -255,6 +264,15 @@ class LinearProducts(Bilinear):
     def ones(self, product: str, role: str, codes: torch.Tensor) -> torch.Tensor:
         first = (product, role) in (("output", "input"), ("output", "weight"), ("grad_input", "gradient"))
         return _ones(codes, 0 if first else 1)
+
+    def with_ones(
+        self, kernel: Kernel, product: str, role: str, codes: torch.Tensor, other: torch.Tensor
+    ) -> torch.Tensor:
+        axis = 1 - LEGAL_AXIS[product, role]
+        if kernel.backend == "simulate" or codes.shape[axis] > MOST:
+            return super().with_ones(kernel, product, role, codes, other)
+        sums = run("sum_codes", Request(codes.device.type), "auto", codes, axis)
+        return self.to_output(product, role, sums.float())
 
     def in_float(self, product: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         if product == "output":
@@ -341,6 +359,18 @@ class ConvProducts(Bilinear):
             axis = 0 if product == "output" else 1
             return _ones(codes, 1 - axis if self.transposed else axis)
         return _ones(codes, 1 if product == "grad_weight" else 0)
+
+    def with_ones(
+        self, kernel: Kernel, product: str, role: str, codes: torch.Tensor, other: torch.Tensor
+    ) -> torch.Tensor:
+        operands = (codes, other) if role == OPERANDS[product][0] else (other, codes)
+        op, request = self.request(product, *operands)
+        swapped = {"input": "gradient", "gradient": "input"}
+        plain = swapped.get(role, role) if self.transposed else role
+        few = request.terms <= MOST and request.groups == 1
+        if plain == "weight" or kernel.backend == "simulate" or not few:
+            return super().with_ones(kernel, product, role, codes, other)
+        return conv_with_ones(op, plain, codes, self.geometry)
 
     def in_float(self, product: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         g, plain = self.geometry, self._plain(product)

@@ -12,10 +12,12 @@ from gradbits.core.errors import NonFiniteError
 from gradbits.core.noise import NoiseKey
 from gradbits.core.qtensor import QTensor, Rotation
 from gradbits.nn.bilinear import Bilinear
+from gradbits.nn.shared import Shared
 from gradbits.quantizers.quantizer import Quantizer
 from gradbits.quantizers.ranges import State
 from gradbits.recipes.recipe import Recipe
 
+Seen = Callable[[str, str, torch.Tensor], None]  # layer, role and discretized tensor of what was computed
 ON_NONFINITE = ("propagate", "raise", "skip")
 # one stream per use: no two uses of a layer's tensors share noise
 STREAMS = {
@@ -86,6 +88,47 @@ class Call:
             role: self.quantize("output", role, value, self.update, states[role]) for role, value in values.items()
         }
 
+    def started(self, values: dict[str, torch.Tensor], bias: torch.Tensor | None) -> Call:
+        """Return this call after what the output starts has been started by a first batch, if it has not been.
+
+        An evaluation before training starts it for itself and leaves the layer as it was.
+        """
+        output = self.recipe.output
+        if output is None or not output.weight.range.wants_output(self.state_of("output", "weight")):
+            return self
+        bias = bias if output.weight.range.scales_bias else None
+        states = {role: self.state_of("output", role) for role in values}
+        if not self.update:
+            states = {role: {name: t.detach().clone() for name, t in state.items()} for role, state in states.items()}
+        with torch.no_grad():
+            x, weight = (self.quantize("output", role, v, self.update, states[role])[0] for role, v in values.items())
+            found = self.products.product("output", x, weight, bias=bias, compute=self.compute)
+            wanted = self.products.in_float("output", *(value.float() for value in values.values()))
+            if bias is not None:
+                wanted = wanted + self.products.bias_for_output(bias.float(), wanted.dim())
+            usable = all(bool(state.get("started", torch.ones(1))) for state in states.values())
+            output.weight.range.match_output(states["weight"], wanted, found, self.update and usable)
+        if self.update:
+            return self
+        return replace(self, state_of=lambda product, role: states.get(role, {}))
+
+    def twice(self, values: dict[str, torch.Tensor], bias: torch.Tensor | None, seen: Seen) -> torch.Tensor:
+        """Return the output by operations that autograd differentiates twice; tell ``seen`` of discretized tensors."""
+        used = dict(values)
+        if self.recipe.output is not None:
+            for role, value in values.items():
+                q, state = self.quantizer("output", role), self.state_of("output", role)
+                codes, low, high = q.quantize_with_range(
+                    value, state=state, update=False, tokens=self.products.tokens, compute=self.compute
+                )
+                if codes.rotation is not None:  # the range holds for what was rotated
+                    low, high = torch.full_like(low, -torch.inf), torch.full_like(high, torch.inf)
+                ends = (q.grain.expand(low, value.shape), q.grain.expand(high, value.shape))
+                discretized, used[role] = q.estimator.twice(value, codes.dequantize(), ends, q.grid, state)
+                seen(self.name, role, discretized)
+        y = self.products.in_float("output", used["input"].to(self.dtype), used["weight"].to(self.dtype))
+        return y if bias is None else y + self.products.bias_for_output(bias.to(y.dtype), y.dim())
+
     def _error(self, q: Quantizer, role: str, value: torch.Tensor, rotation: Rotation) -> torch.Tensor:
         """Return the error that quantizing an operand leaves after a rotation of its features."""
         turned = rotation.along(self.products.own_axis(role, 1)).forward(value.detach())
@@ -98,6 +141,10 @@ class Call:
     ) -> tuple[QTensor, torch.Tensor | None]:
         """Return an operand's codes, and where its gradient passes (None: everywhere)."""
         q = self.quantizer(product, role)
+        # layers that take the same input share its codes: query, key and value, or a block and its shortcut
+        shared = Shared.of(value, q, self.products.tokens) if (role, self.compute) == ("input", "auto") else None
+        if shared is not None and shared.codes is not None:
+            return shared.codes, None
         codes, low, high = q.quantize_with_range(
             value,
             noise=self.key(product, role) if q.is_stochastic else None,
@@ -109,7 +156,9 @@ class Call:
         )
         if self.on_nonfinite == "raise" and not bool(torch.isfinite(codes.scale).all()):
             raise NonFiniteError(f"{role} of layer {self.name!r} holds NaN or Inf (on_nonfinite='raise')")
-        if role == "gradient" or not q.range.can_clip or q.estimator.learns:
+        if shared is not None:
+            shared.keep(codes)
+        if role == "gradient" or q.estimator.learns or not (q.range.can_clip or q.estimator.shapes):
             return codes, None
         turned = value if codes.rotation is None else codes.rotation.forward(value)
         return codes, q.estimator.mask(turned, low, high)

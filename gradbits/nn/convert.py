@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradbits.core.checks import check_choice, check_module
+from gradbits.core.checks import check_bits, check_choice, check_module
 from gradbits.core.errors import ArgumentError, DtypeError, FallbackError, NothingToQuantizeError
 from gradbits.kernels.dispatch import COMPUTE
 from gradbits.nn.function import ON_NONFINITE
+from gradbits.nn.graph import trace
 from gradbits.nn.layers import QUANTIZED_CLASSES, Assignment, Quantized, init_states, spatial_example
 from gradbits.nn.matmul import Matmul
+from gradbits.nn.packing import set_packing
+from gradbits.nn.qat import follow_graph_, leave_graph_
 from gradbits.nn.report import Report, device_of, named_layers, report, why_not_supported
 from gradbits.recipes import Recipe, recipe
 
@@ -30,6 +33,7 @@ def quantize_(
     compute: str = "auto",
     strict: bool = False,
     on_nonfinite: str = "propagate",
+    pack_activations: int | None = None,
 ) -> Report:
     """Make the layers of ``model`` follow a recipe; parameters keep their names, shapes and dtypes.
 
@@ -44,6 +48,8 @@ def quantize_(
         strict: whether a layer that could not follow its recipe is an error.
         on_nonfinite: what a NaN or Inf in an operand does: ``"propagate"`` to the result, ``"raise"``, or ``"skip"``
             (a gradient that is not finite gives zero gradients, with a warning). States stay untouched in any case.
+        pack_activations: bits, 2 to 8, of everything large that forward passes of ``model`` keep for the backward pass,
+            as within ``gradbits.pack_activations(bits)``; None keeps it as it is.
 
     Returns:
         What was quantized and what was not, with reasons; ``report(model)`` gives the same later.
@@ -53,6 +59,7 @@ def quantize_(
         FallbackError: with ``strict``, a layer was left in float that the rules do not name None and the recipe does
             not keep.
         ArgumentError: an unknown recipe, a pattern that is no string, an illegal option.
+        GraphError: the recipe quantizes the whole graph, as ``qat_int8`` does, and the model cannot be traced.
 
     >>> net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> len(quantize_(net, {"2": None, "*": "int8_dynamic"}).quantized)
@@ -63,6 +70,8 @@ def quantize_(
         raise DtypeError(f"strict={strict!r}: must be True or False")
     check_choice(compute, "compute", COMPUTE)
     check_choice(on_nonfinite, "on_nonfinite", ON_NONFINITE)
+    if pack_activations is not None:
+        check_bits(pack_activations, "pack_activations")
     patterns = _patterns(rules)
     layers = list(named_layers(model))
     roles = _roles(layers)
@@ -85,13 +94,17 @@ def quantize_(
     fallen = [(name, reason) for name, _, _, reason, fell_back in plan if fell_back]
     if strict and fallen:
         raise FallbackError("strict=True: " + "; ".join(f"{name}: {reason}" for name, reason in fallen))
+    if any(chosen is not None and chosen.qat is not None for _, _, chosen, _, _ in plan):
+        trace(model)  # a model whose graph cannot be followed is refused before anything changes
     for name, module, chosen, reason, _ in plan:
         if chosen is None:
             _to_float(module)
             module._gradbits_reason = reason  # type: ignore[assignment]
         else:
             _assign(module, name, chosen, compute, on_nonfinite, device_of(module, model))
+    follow_graph_(model, compute)
     _set_fast_paths(model)
+    set_packing(model, pack_activations)
     return report(model)
 
 
@@ -103,9 +116,11 @@ def dequantize_(model: nn.Module) -> None:
     'Linear'
     """
     check_module(model)
+    leave_graph_(model)
     for module in model.modules():
         _to_float(module)
     _set_fast_paths(model)
+    set_packing(model, None)
 
 
 def _set_fast_paths(model: nn.Module) -> None:

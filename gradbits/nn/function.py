@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from typing import Any
+from weakref import ref
 
 import torch
 
@@ -14,7 +15,7 @@ from gradbits.core.qtensor import QTensor
 from gradbits.nn.call import ON_NONFINITE, Call, quantizer_of
 from gradbits.nn.passage import Passage
 from gradbits.nn.sampling import sampled_product
-from gradbits.nn.saved import Saver
+from gradbits.nn.saved import Kept, Saver, keep_as
 
 __all__ = ["ON_NONFINITE", "Call", "QuantizedProduct"]
 
@@ -64,11 +65,14 @@ class QuantizedProduct(torch.autograd.Function):
         ctx.kept = {}
         for role, (product, other) in BACKWARD.items():
             if needs[role]:
-                operand = _operand(call, product, other, values[other], used[other])
-                ctx.kept[role] = (saver.add(_packed(operand)), saver.add(passages[role]))
+                operand = _packed(_operand(call, product, other, values[other], used[other]))
+                if isinstance(operand, QTensor) and not operand.is_packed:
+                    keep_as(operand.codes, _kept(call, product, other, values[other], operand, used[other] is operand))
+                ctx.kept[role] = (saver.add(operand), saver.add(passages[role]))
         ctx.save_for_backward(*saver.tensors)
         ctx.call = call
         ctx.like = {role: (value.shape, value.dtype) for role, value in values.items()}
+        ctx.plain = x.is_contiguous()
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
@@ -117,6 +121,8 @@ class QuantizedProduct(torch.autograd.Function):
                     call, role, g, Saver.get(saved, operand), codes, Saver.get(saved, passage), shape, dtype
                 )
                 learned.update({(role, name): grad for name, grad in steps.items()})
+            if ctx.plain and "input" in found:  # what comes next is slow on operands in different memory orders
+                found["input"] = found["input"].contiguous()
             bias = call.products.bias_gradient(g).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         needed = ctx.needs_input_grad
         inputs = (found.get(role) if need else None for role, need in zip(BACKWARD, needed, strict=False))
@@ -134,6 +140,31 @@ def _zeros(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 def _packed(value: Value) -> Value:
     """Return codes as small as they may be kept."""
     return value.pack() if isinstance(value, QTensor) and packed_width(value.bits) < 8 else value
+
+
+def _kept(call: Call, product: str, role: str, value: torch.Tensor, codes: QTensor, forward: bool) -> Kept:
+    """Return how an operand's codes may be kept: those of a parameter are as good computed again.
+
+    Args:
+        call: the layer's call.
+        product: that they were saved for.
+        role: the operand.
+        value: it, before it was quantized.
+        codes: it, afterwards.
+        forward: whether its codes are those of ``output``.
+    """
+    q = call.quantizer("output" if forward else product, role)
+    if not value.is_leaf or not value.requires_grad or q.init_state(1) or codes.rest is not None:
+        keeps_signs = all(part is None for part in (codes.zero_point, codes.offset, codes.rest, codes.rotation))
+        return Kept(signs_of=ref(value)) if keeps_signs else Kept()
+    version = value._version
+
+    def again() -> torch.Tensor:
+        if value._version != version:
+            raise RuntimeError(f"{role} of layer {call.name!r} was changed in place between forward and backward pass")
+        return call.quantize("output" if forward else product, role, value, False)[0].codes
+
+    return Kept(again)
 
 
 def _operand(call: Call, product: str, role: str, value: torch.Tensor, used: Value) -> Value:

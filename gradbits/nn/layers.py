@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from gradbits.core.errors import ArgumentError
 from gradbits.core.grain import PerChannel
 from gradbits.core.noise import draw_seed
 from gradbits.kernels.geometry import ConvGeometry
+from gradbits.nn.assignment import Assignment, QuantizerStates
 from gradbits.nn.bilinear import Bilinear, ConvProducts, LinearProducts, MatmulProducts
 from gradbits.nn.function import Call, QuantizedProduct
 from gradbits.nn.matmul import Matmul
@@ -21,40 +22,6 @@ from gradbits.nn.refuse import refuse_script, refuse_transforms
 from gradbits.quantizers.quantizer import Quantizer
 from gradbits.quantizers.ranges import State
 from gradbits.recipes.recipe import Recipe
-
-
-@dataclass
-class Assignment:
-    """What a quantized layer follows.
-
-    Args:
-        name: the layer's name in its model.
-        recipe: which quantizer serves which operand.
-        compute: ``"auto"``, ``"integer"`` or ``"simulate"``.
-        on_nonfinite: ``"propagate"``, ``"raise"`` or ``"skip"``.
-        slots: operand -> name of its state; operands with equal quantizers share one.
-    """
-
-    name: str
-    recipe: Recipe
-    compute: str
-    on_nonfinite: str
-    slots: dict[tuple[str, str], str] = field(default_factory=dict)
-
-
-class QuantizerStates(nn.Module):
-    """The quantizer states of one layer, buffers and learned parameters; a float checkpoint without them loads too."""
-
-    def entries(self) -> dict[str, torch.Tensor]:
-        """Return every state entry by its full name."""
-        return {**dict(self.named_buffers()), **dict(self.named_parameters())}
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        own = {f"{prefix}{name}" for name in self.entries()}
-        missing: list[str] = args[2]
-        before = len(missing)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        missing[before:] = [key for key in missing[before:] if key not in own]
 
 
 class Quantized:
@@ -72,8 +39,33 @@ class Quantized:
         raise NotImplementedError
 
     def run(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, size: tuple[int, ...]) -> Any:
-        """Return the quantized product of canonical operands."""
+        """Return the layer's output for canonical operands."""
+        link = self.assignment.link
+        return self.product(x, weight, bias, size) if link is None else link.run(self, x, weight, bias, size)
+
+    def product(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        size: tuple[int, ...],
+        given: tuple[Quantizer, State] | None = None,
+    ) -> torch.Tensor:
+        """Return the quantized product of canonical operands.
+
+        Args:
+            x, weight, bias: operands.
+            size: spatial size of the input.
+            given: quantizer of ``x`` and its state, where others keep it; else the layer's own.
+        """
         a, module = self.assignment, self
+        recipe = a.recipe
+        if given is not None and recipe.output is not None:
+            recipe = replace(recipe, output=replace(recipe.output, input=given[0]))
+
+        def state_of(product: str, role: str) -> State:
+            return given[1] if given is not None and role == "input" else self.state_of(product, role)
+
         device = x.device.type
         dtype = torch.promote_types(x.dtype, weight.dtype)
         if torch.is_autocast_enabled(device):
@@ -83,12 +75,12 @@ class Quantized:
         learned = self.learned()
         call = Call(
             products=self.products(size),
-            recipe=a.recipe,
-            state_of=self.state_of,
+            recipe=recipe,
+            state_of=state_of,
             compute=a.compute,
             # reentrant checkpointing runs the first forward without gradients: it must draw as the second will
             seed=draw_seed() if a.recipe.is_stochastic and (training or torch.is_grad_enabled()) else 0,
-            update=training and not recomputing,
+            update=training and not recomputing and given is None,
             training=training,
             on_nonfinite=a.on_nonfinite,
             name=a.name,
@@ -96,10 +88,25 @@ class Quantized:
             learned=tuple(learned),
         )
         with torch.autocast(device, enabled=False):
-            return QuantizedProduct.apply(x, weight, bias, call, *learned.values())
+            call = call.started({"input": x, "weight": weight}, bias)
+            if bias is not None and a.recipe.output is not None and a.recipe.output.weight.range.scales_bias:
+                bias = a.recipe.output.weight.range.scaled_bias(bias, call.state_of("output", "weight"))
+            if a.seen is not None:
+                return call.twice({"input": x, "weight": weight}, bias, a.seen)
+            y: torch.Tensor = QuantizedProduct.apply(x, weight, bias, call, *learned.values())
+        a.shapes = ({"input": x.shape, "weight": weight.shape, "gradient": y.shape}, size)
+        return y
 
     def __prepare_scriptable__(self) -> None:  # the name that torch.jit.script looks for
         refuse_script(self.assignment.name)
+
+    def weight_quantizer(self) -> Quantizer:
+        """Return the quantizer of the weight in ``output``, in the layer's own layout."""
+        output = self.assignment.recipe.output
+        if output is None:
+            raise ArgumentError(f"layer {self.assignment.name!r}: its recipe quantizes no weight in output")
+        grain = self.products(spatial_example(self)).grain("weight", output.weight.grain)  # type: ignore[arg-type]
+        return replace(output.weight, grain=grain)
 
     def learned(self) -> dict[tuple[str, str], torch.Tensor]:
         """Return the learned entries of the forward operands' states by (role, name)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -16,6 +17,29 @@ class Handle:
 
     blank: Any
     held: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a quantized layer says of the int8 codes that it saves, to whoever stores saved tensors.
+
+    Args:
+        again: computes the same codes again, or None where the operand is not there any more.
+        signs_of: returns the operand if a code has the sign of its value or is 0, else None.
+    """
+
+    again: Callable[[], torch.Tensor] | None = None
+    signs_of: Callable[[], torch.Tensor | None] = lambda: None
+
+
+def keep_as(tensor: torch.Tensor, kept: Kept) -> None:
+    """Say of a tensor how it may be kept."""
+    tensor.gradbits_kept = kept  # type: ignore[attr-defined]
+
+
+def kept_as(tensor: torch.Tensor) -> Kept | None:
+    """Return what was said of a tensor, or None."""
+    return getattr(tensor, "gradbits_kept", None)
 
 
 class Saver:

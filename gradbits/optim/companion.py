@@ -14,6 +14,7 @@ from gradbits.core.checks import check_instance, check_module, check_number
 from gradbits.core.errors import ArgumentError, DtypeError
 from gradbits.core.ranks import mean_over_ranks
 from gradbits.nn.layers import Quantized
+from gradbits.optim.groups import group_quantizer_parameters_
 
 
 def learning_rate_factor(deviation: float, alpha: float = 20.0, beta: float = 0.1) -> float:
@@ -132,9 +133,10 @@ class DeviationCounteractiveLR:
 def attach_companion_(
     optimizer: torch.optim.Optimizer, model: nn.Module, *, average: bool = True
 ) -> DeviationCounteractiveLR | None:
-    """Attach what the model's recipes ask of ``optimizer``; return it, or None where they ask nothing.
+    """Attach what the model's recipes ask of ``optimizer``; return it, or None where nothing acts on its steps.
 
-    Call it after ``quantize_``, with an optimizer that was built after it.
+    Call it after ``quantize_``, with an optimizer that was built after it, and before making a learning-rate scheduler.
+    Where a recipe says how to learn what its quantizers learn, that moves to parameter groups of its own.
 
     Args:
         optimizer: any PyTorch optimizer.
@@ -164,6 +166,7 @@ def attach_companion_(
             f"optimizer: lacks {len(missing)} parameters that quantizers learn, the first is {missing[0]!r}; build the "
             "optimizer after quantize_"
         )
+    group_quantizer_parameters_(optimizer, model)
     if not any(m.assignment.recipe.learning_rate is not None for m in layers):
         return None
     if not any(p in held for p in model.parameters()):

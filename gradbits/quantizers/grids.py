@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -38,10 +39,11 @@ class Grid(Spec):
         bits: bits of one code, 2 to 8.
     """
 
+    least_bits: ClassVar[int] = 2
     bits: int = 8
 
     def __post_init__(self) -> None:
-        check_bits(self.bits, f"{type(self).__name__}.bits")
+        check_bits(self.bits, f"{type(self).__name__}.bits", self.least_bits)
 
     @property
     def digits(self) -> int:
@@ -84,6 +86,29 @@ class Symmetric(Grid):
         largest = (1 << (self.bits - 1)) - 1
         scale, inverse = place_step(torch.maximum(-low, high), largest)
         return GridValues(code_map=CodeMap(inverse, -largest, largest), scale=scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unsigned(Grid):
+    r"""Levels :math:`0 \dots 2^b - 1` above an exact zero, :math:`s = h/(2^b-1)`: for values that are not negative.
+
+    ``levels`` counts in steps from zero; the codes themselves are half of all levels lower, so that 8 bits fit int8.
+
+    >>> grid = Unsigned(bits=8).place(torch.tensor([0.0]), torch.tensor([510.0]))
+    >>> grid.scale.item(), grid.zero_point.item(), Unsigned(bits=8).levels
+    (2.0, -128.0, (0, 255))
+    """
+
+    @property
+    def levels(self) -> tuple[int, int]:
+        return 0, (1 << self.bits) - 1
+
+    def place(self, low: torch.Tensor, high: torch.Tensor) -> GridValues:
+        half = 1 << (self.bits - 1)
+        scale, inverse = place_step(high, 2 * half - 1)
+        zero_point = torch.full_like(high, float(-half))
+        code_map = CodeMap(inverse, -half, half - 1, zero=zero_point)
+        return GridValues(code_map=code_map, scale=scale, zero_point=zero_point)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -138,7 +138,7 @@ class Quantizer(Spec):
             noise = None
         elif noise is None:
             noise = NoiseKey.of(draw_seed())
-        q = self._digits(x, self.grid.place(low, high), noise, compute)
+        q = self._digits(x, self.range.rescale(self.grid.place(low, high), state), noise, compute)
         if grouped:
             q, low, high = _ungroup(q, low, high, shape, tokens)
             rotation = None if rotation is None else rotation.of_group(tokens)

@@ -11,7 +11,7 @@ from gradbits.core.checks import check_number
 from gradbits.core.grain import Grain, PerBlock, PerChannel
 from gradbits.core.spec import Spec
 from gradbits.kernels.dispatch import Request, run
-from gradbits.quantizers.grids import Grid
+from gradbits.quantizers.grids import Grid, GridValues
 
 State = dict[str, torch.Tensor]
 
@@ -67,6 +67,33 @@ class RangeRule(Spec):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ``limits`` for a rule that sets the range by the grid's steps; the others ignore ``grid``."""
         return self.limits(x, grain, state, update)
+
+    def rescale(self, placed: GridValues, state: State) -> GridValues:
+        """Return what the codes of ``placed`` stand for, for a rule that learns a factor of the values besides."""
+        return placed
+
+    def wants_output(self, state: State) -> bool:
+        """Whether a weight's rule has yet to be started by the layer's output, with ``match_output``."""
+        return False
+
+    def match_output(self, state: State, wanted: torch.Tensor, found: torch.Tensor, update: bool) -> None:
+        """Start what depends on the output in float, ``wanted``, and by the codes as they are, ``found``.
+
+        Args:
+            state: of the weight's quantizer; changed in place.
+            wanted, found: the layer's output, with the bias only where ``scales_bias``.
+            update: whether the start is final, not for one evaluation.
+        """
+        raise NotImplementedError
+
+    @property
+    def scales_bias(self) -> bool:
+        """Whether a factor that a weight's rule learns applies to the bias too, by ``scaled_bias``."""
+        return False
+
+    def scaled_bias(self, bias: torch.Tensor, state: State) -> torch.Tensor:
+        """Return the bias times the factor that the rule learns; differentiable."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
-from gradbits.core.checks import check_choice, check_instance
+from gradbits.core.checks import check_choice, check_instance, check_integer
 from gradbits.core.errors import ArgumentError, DtypeError, ScaleAxisError
 from gradbits.core.grain import PerBlock, PerChannel, PerTensor
 from gradbits.core.spec import Spec
 from gradbits.quantizers.grids import Grid
 from gradbits.quantizers.leverage import Leverage
 from gradbits.quantizers.quantizer import Quantizer
+from gradbits.recipes.learning import HessianScaling, QuantizerLearning
 
 KEEP_FLOAT = ("first_conv", "last_linear")
 # axis along which an operand's scale may vary, because it is an axis of the product's result:
@@ -83,6 +84,28 @@ class LayerLearningRate(Spec):
 
 
 @dataclass(frozen=True, kw_only=True)
+class QAT(Spec):
+    """Quantize the whole graph as integer-only inference will run it: additions, concatenations, folded batch norms.
+
+    Args:
+        delay: training steps before activations are quantized; their ranges are followed from the first step.
+        freeze: training step from which batch norms use their running statistics instead of the batch's; None: never.
+        rounding: how sums become codes in evaluation and after ``convert_``: ``"single"`` rounds once, ``"double"``
+            twice, as gemmlowp does.
+    """
+
+    delay: int = 0
+    freeze: int | None = None
+    rounding: str = "single"
+
+    def __post_init__(self) -> None:
+        check_integer(self.delay, "QAT.delay", 0)
+        if self.freeze is not None:
+            check_integer(self.freeze, "QAT.freeze", 0)
+        check_choice(self.rounding, "QAT.rounding", ("single", "double"))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe(Spec):
     """How a layer's three products are computed; a product that is None stays in float.
 
@@ -95,6 +118,7 @@ class Recipe(Spec):
         matmul: what attention products (``gradbits.nn.Matmul``) take: True for this recipe, False for float, or a
             recipe of their own.
         learning_rate: what the recipe asks of the optimizer, see ``gradbits.optim.attach_companion_``.
+        qat: whether and how the graph around the layers is quantized too, so that ``convert_`` can follow.
 
     Raises:
         ScaleAxisError: an operand's scale varies along the axis that its product sums over.
@@ -117,6 +141,9 @@ so its scale cannot leave the integer product; legal are PerTensor() and PerChan
     keep_float: tuple[str, ...] = ()
     matmul: bool | Recipe = True
     learning_rate: LayerLearningRate | None = None
+    qat: QAT | None = None
+    quantizer_learning: QuantizerLearning | None = None
+    hessian: HessianScaling | None = None
 
     def __post_init__(self) -> None:
         if not check_instance(self.name, "name", str):
@@ -126,6 +153,9 @@ so its scale cannot leave the integer product; legal are PerTensor() and PerChan
         check_instance(self.share_gradient, "share_gradient", bool)
         check_instance(self.matmul, "matmul", bool, Recipe)
         check_instance(self.learning_rate, "learning_rate", LayerLearningRate, None)
+        check_instance(self.quantizer_learning, "quantizer_learning", QuantizerLearning, None)
+        check_instance(self.hessian, "hessian", HessianScaling, None)
+        check_instance(self.qat, "qat", QAT, None)
         for role in check_instance(self.keep_float, "keep_float", tuple):
             check_choice(role, "keep_float", KEEP_FLOAT)
         for product, role, quantizer in self.operands():

@@ -8,14 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from gradbits.core.errors import ArgumentError, CorruptDataError, GradbitsError
 from gradbits.train.datasets import load_data
 from gradbits.train.entry import parse_entry
 from gradbits.train.evaluate import evaluate
-from gradbits.train.model_file import load_model, state_names
+from gradbits.train.model_file import load_model, load_tensors
 from gradbits.train.models import MODELS
 from gradbits.train.network import Network, build_network
 from gradbits.train.options import TrainOptions
@@ -71,11 +68,62 @@ def evaluate_file(
         CorruptDataError: one of them is damaged.
         ArgumentError: an option that is not legal or not known, or a model that the file does not fit.
     """
+    opened = open_network(
+        path,
+        data=data,
+        data_dir=data_dir,
+        text=text,
+        limit=limit,
+        model=model,
+        model_set=model_set,
+        recipe=recipe or "fp32",
+        device=device,
+    )
+    network, task, options = opened.network, opened.task, opened.options
+    return Evaluation(
+        metric=task.metric,
+        value=_evaluate(network, task, opened.seed, options.model or ""),
+        samples=sum(len(batch.targets) for batch in task.test_batches()),
+        data=options.data or "",
+        model=options.model or "",
+        network=network.entry.label,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A model file as a network, with the task and the options that it was trained for."""
+
+    network: Network
+    task: Task
+    options: TrainOptions
+    seed: int
+    metadata: Mapping[str, str]
+
+
+def open_network(
+    path: str | Path,
+    *,
+    data: str | None = None,
+    data_dir: str | Path | None = None,
+    text: str | Path | None = None,
+    limit: int | None = None,
+    model: str | None = None,
+    model_set: Sequence[str] | None = None,
+    recipe: str | None = None,
+    device: str | None = None,
+) -> Opened:
+    """Return the network of a model file; arguments and errors are those of ``evaluate_file``.
+
+    Args:
+        recipe: as there; None takes the one that the file was trained with.
+    """
     path = Path(path)
     tensors, metadata = load_model(path)
     if text is not None and data is None:
         data = "text"
-    entry = parse_entry(recipe or "fp32")
+    recipe = recipe or _told(path, metadata, "recipe")
+    entry = parse_entry(recipe)
     chosen = _model(path, model, metadata)
     if model_set is None and model in (None, metadata.get("model")):
         model_set = _model_set(path, metadata)
@@ -86,7 +134,7 @@ def evaluate_file(
         limit=limit if limit is not None else _number(path, metadata, "limit"),
         model=chosen,
         model_set=tuple(model_set or ()),
-        networks=(recipe or "fp32",),
+        networks=(recipe,),
         device=device,
     ).resolved()
     loaded = load_data(
@@ -101,15 +149,8 @@ def evaluate_file(
         network = build_network(entry, options, task, seed, 1)
     except (RuntimeError, MemoryError, OverflowError) as error:  # a size that the machine cannot hold
         raise ArgumentError(f"model={chosen!r}: cannot be built: {_first_line(error)}") from error
-    _load(network.model, tensors, f"{path}: does not fit model {chosen!r}{_shown(options.model_set)}")
-    return Evaluation(
-        metric=task.metric,
-        value=_evaluate(network, task, seed, chosen),
-        samples=sum(len(batch.targets) for batch in task.test_batches()),
-        data=options.data or "",
-        model=chosen,
-        network=entry.label,
-    )
+    load_tensors(network.model, tensors, f"{path}: does not fit model {chosen!r}{_shown(options.model_set)}")
+    return Opened(network=network, task=task, options=options, seed=seed, metadata=metadata)
 
 
 def _evaluate(network: Network, task: Task, seed: int, model: str) -> float:
@@ -153,24 +194,6 @@ def _number(path: Path, metadata: Mapping[str, str], key: str) -> int | None:
     if not re.fullmatch(r"[0-9]{1,19}", text) or int(text) >= 2**63:
         raise CorruptDataError(f"{path}: metadata {key}={text!r}: must be an integer of at least 0")
     return int(text)
-
-
-def _load(model: nn.Module, tensors: Mapping[str, torch.Tensor], misfit: str) -> None:
-    """Copy the tensors into the model; quantizer states may be missing, or be there for nothing."""
-    own = model.state_dict()
-    missing = sorted(set(own) - set(tensors) - state_names(model))
-    extra = sorted(name for name in set(tensors) - set(own) if not re.search(r"(^|\.)quantizers\.", name))
-    if missing or extra:
-        what = f"it has no {missing[0]!r}" if missing else f"the model has no {extra[0]!r}"
-        raise ArgumentError(f"{misfit}: {what}")
-    for name, tensor in tensors.items():
-        if name not in own:
-            continue
-        if tensor.shape != own[name].shape:
-            raise ArgumentError(f"{misfit}: {name!r} is {list(tensor.shape)}, not {list(own[name].shape)}")
-        if tensor.is_floating_point() != own[name].is_floating_point():
-            raise ArgumentError(f"{misfit}: {name!r} is {tensor.dtype}, not {own[name].dtype}")
-    model.load_state_dict({name: tensor for name, tensor in tensors.items() if name in own})
 
 
 def _shown(model_set: Sequence[str] | None) -> str:

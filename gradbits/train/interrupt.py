@@ -18,10 +18,23 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Whether somebody asked the run to stop."""
+    """Whether somebody asked the run to stop.
 
-    def __init__(self) -> None:
+    Args:
+        shared: the run has several ranks: a signal that this one has ``seen`` stops it once all ranks agree, by setting
+            ``signal``.
+    """
+
+    def __init__(self, shared: bool = False) -> None:
         self.signal: int | None = None
+        self.seen: int | None = None
+        self.shared = shared
+
+    def note(self, number: int) -> None:
+        """Take a signal."""
+        self.seen = self.seen or number
+        if not self.shared:
+            self.signal = number
 
     def check(self) -> None:
         """Raise ``Interrupted`` if a stop was requested."""
@@ -30,12 +43,13 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
+def stop_on_signals(shared: bool = False) -> Iterator[StopRequest]:
     """Turn the first SIGINT or SIGTERM into a request; the second one acts as it always does.
 
-    Outside the main thread, where Python allows no handlers, nothing is changed.
+    With ``shared`` a SIGTERM stays a request: torchrun sends one after the terminal's SIGINT, and then waits. Outside
+    the main thread, where Python allows no handlers, nothing is changed.
     """
-    request = StopRequest()
+    request = StopRequest(shared)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
@@ -43,9 +57,10 @@ def stop_on_signals() -> Iterator[StopRequest]:
     former = {number: signal.getsignal(number) for number in signals}
 
     def note(number: int, frame: FrameType | None) -> None:
-        request.signal = number
+        request.note(number)
         for each in signals:
-            signal.signal(each, former[each])
+            if not (shared and each == signal.SIGTERM):
+                signal.signal(each, former[each])
 
     for number in signals:
         signal.signal(number, note)

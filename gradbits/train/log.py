@@ -55,6 +55,23 @@ class Log:
         self.close()
 
 
+class NoLog(Log):
+    """A log that keeps nothing, for the ranks beside rank 0."""
+
+    def __init__(self) -> None:
+        self.common = {}
+
+    def write(self, **values: Any) -> None:
+        """Do nothing."""
+
+    def size(self) -> int:
+        """Return 0."""
+        return 0
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

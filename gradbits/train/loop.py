@@ -93,12 +93,14 @@ def train(
     def save() -> None:
         at.log_bytes = log.size()
         tree = {"position": asdict(at), "network": network.state_dict(), "metadata": dict(metadata or {})}
-        save_checkpoint(checkpoint, tree)
+        if network.ranks.leads:
+            save_checkpoint(checkpoint, tree)
 
     try:
         while at.step < plan.total or at.tested < at.step:
             if at.tested < at.step and (at.step % plan.test_every == 0 or at.step == plan.total):
-                at.metric = evaluate(network, task, plan.seed, stop)
+                # replicas are equal up to the buffers, and those of rank 0 are the ones that are kept
+                at.metric = network.ranks.first(lambda: evaluate(network, task, plan.seed, stop))
                 at.tested = at.step
                 log.write(step=at.step, epoch=at.step / task.steps_per_epoch, **{task.metric: at.metric})
                 reporter.test(at, task.metric)
@@ -107,14 +109,14 @@ def train(
             stop.check()
             started = time.perf_counter()
             batch = task.batch(plan.seed, at.step).to(network.device)
-            loss, right = network.step(batch, at.step + 1)
+            loss, right = network.ranks.agree(*network.step(batch, at.step + 1), stop)
             elapsed = time.perf_counter() - started
             at.step += 1
             at.seconds += elapsed
             at.recent_seconds += elapsed
             at.recent_loss += loss
             at.recent_right += right
-            at.recent_targets += len(batch.targets)
+            at.recent_targets += len(batch.targets) * network.ranks.world
             at.recent_steps += 1
             if at.step > plan.total - final_steps:
                 at.final_loss += loss
@@ -136,7 +138,7 @@ def restore(network: Network, checkpoint: Path, identity: dict[str, Any]) -> Pos
     Raises:
         CorruptDataError: the file is damaged, or belongs to another training than ``identity`` says.
     """
-    tree = load_checkpoint(checkpoint)
+    tree = network.ranks.first(lambda: load_checkpoint(checkpoint))
     position = read_position(tree, checkpoint, identity)
     network.load_state_dict(tree["network"], str(checkpoint))
     return position
@@ -161,6 +163,7 @@ def read_position(tree: Any, checkpoint: Path, identity: dict[str, Any]) -> Posi
 
 
 def _log_step(log: Log, at: Position, network: Network, task: Task) -> None:
+    sent = {} if network.link is None else {"sent_bytes": network.link.counts.bytes_sent}
     log.write(
         step=at.step,
         epoch=at.step / task.steps_per_epoch,
@@ -168,5 +171,6 @@ def _log_step(log: Log, at: Position, network: Network, task: Task) -> None:
         accuracy=at.recent_right / at.recent_targets,
         lr=network.scheduler.get_last_lr()[0],
         step_ms=1000 * at.recent_seconds / at.recent_steps,
+        **sent,
     )
     at.recent_loss, at.recent_right, at.recent_targets, at.recent_steps, at.recent_seconds = 0.0, 0, 0, 0, 0.0

@@ -34,7 +34,9 @@ class Cost:
     gradient_bits: float
 
 
-def measure(networks: Sequence[Network], task: Task, seed: int, stop: StopRequest | None = None) -> list[Cost]:
+def measure(
+    networks: Sequence[Network], task: Task, seed: int, stop: StopRequest | None = None, *, together: bool = False
+) -> list[Cost]:
     """Return the cost of a step of each network, in their order.
 
     The networks take turns on the same batches and every round begins with another one, so that a machine that
@@ -45,6 +47,7 @@ def measure(networks: Sequence[Network], task: Task, seed: int, stop: StopReques
         task: gives the batches.
         seed: of the batches.
         stop: looked at after each round.
+        together: whether other ranks take the same steps, so that no clock may decide how many there are.
 
     Raises:
         Interrupted: a stop was requested.
@@ -57,7 +60,7 @@ def measure(networks: Sequence[Network], task: Task, seed: int, stop: StopReques
     for turn in range(WARMUP + MOST):
         if stop is not None:
             stop.check()
-        if turn >= WARMUP + LEAST and time.perf_counter() - started > BUDGET:
+        if turn >= WARMUP + LEAST and (together or time.perf_counter() - started > BUDGET):
             break
         for offset in range(len(networks)):
             index = (turn + offset) % len(networks)
@@ -72,6 +75,8 @@ def measure(networks: Sequence[Network], task: Task, seed: int, stop: StopReques
 
 def _timed_step(network: Network, batch: Batch, step: int) -> float:
     network.model.train()
+    if network.penalty is not None:
+        network.penalty = network.penalty.at_once()
     _wait(network.device)
     started = time.perf_counter()
     network.step(batch, step)

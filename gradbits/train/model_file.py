@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from gradbits.core.errors import CorruptDataError
+from gradbits.core.errors import ArgumentError, CorruptDataError
 from gradbits.core.files import write_atomically
-from gradbits.nn.layers import QuantizerStates
+from gradbits.nn.layers import Quantized, QuantizerStates
 from gradbits.storage.sources import open_source
 from gradbits.train.checkpoint import FORMAT, load_checkpoint
 from gradbits.train.entry import Entry
@@ -44,8 +45,34 @@ def state_names(model: nn.Module) -> set[str]:
     return {name for name in model.state_dict() if name.startswith(prefixes)}
 
 
+def ranges_text(model: nn.Module) -> str | None:
+    """Return the ranges of a model in quantization-aware training as JSON, or None for any other model.
+
+    Integer inference needs them, so they travel in the metadata of a model file, where no float model stumbles on them.
+    """
+    if not any(isinstance(m, Quantized) and m.assignment.recipe.qat is not None for m in model.modules()):
+        return None
+    names, states = state_names(model), model.state_dict()
+    known = {name: states[name].flatten() for name in sorted(names) if bool(torch.isfinite(states[name]).all())}
+    return json.dumps({name: value.tolist() for name, value in known.items()})
+
+
+def _ranges(path: Path, text: str) -> dict[str, torch.Tensor]:
+    """Return the tensors that ``ranges_text`` described."""
+    try:
+        found = json.loads(text)
+        tensors = {}
+        for name, values in found.items():
+            whole = all(isinstance(v, int) and not isinstance(v, bool) for v in values)
+            tensor = torch.tensor(values, dtype=torch.int64 if whole else torch.float32)
+            tensors[str(name)] = tensor.reshape(()) if whole else tensor
+        return tensors
+    except (ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
+        raise CorruptDataError(f"{path}: metadata ranges={text[:40]!r}: must be JSON of names and numbers") from error
+
+
 def save_model(path: Path, model: nn.Module, metadata: Mapping[str, str]) -> None:
-    """Write the parameters and buffers of ``model`` as safetensors; quantizer states are left out.
+    """Write the parameters and buffers of ``model`` as safetensors; quantizer states are no tensors of it.
 
     So a float model of the same kind loads the file with ``load_state_dict(..., strict=True)``.
 
@@ -66,7 +93,8 @@ def save_model(path: Path, model: nn.Module, metadata: Mapping[str, str]) -> Non
         for name, tensor in model.state_dict().items()
         if name not in left_out
     }
-    data = save(tensors, dict(metadata))
+    ranges = ranges_text(model)
+    data = save(tensors, {**metadata, **({} if ranges is None else {"ranges": ranges})})
     write_atomically(path, lambda file: file.write(data))
 
 
@@ -90,7 +118,43 @@ def load_model(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
     for name, value in metadata.items():
         if not isinstance(name, str) or not isinstance(value, str):
             raise CorruptDataError(f"{path}: metadata {name!r} is not a text")
+    if "ranges" in metadata:
+        tensors.update(_ranges(path, metadata["ranges"]))
     return tensors, metadata
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor], misfit: str) -> None:
+    """Copy tensors into a model; quantizer states may be missing, or be there for nothing.
+
+    Raises:
+        ArgumentError: tensors that the model lacks, or that have another shape or kind; begins with ``misfit``.
+    """
+    own = model.state_dict()
+    missing = sorted(set(own) - set(tensors) - state_names(model))
+    extra = sorted(name for name in set(tensors) - set(own) if not re.search(r"(^|\.)quantizers\.", name))
+    if missing or extra:
+        what = f"it has no {missing[0]!r}" if missing else f"the model has no {extra[0]!r}"
+        raise ArgumentError(f"{misfit}: {what}")
+    for name, tensor in tensors.items():
+        if name not in own:
+            continue
+        if tensor.shape != own[name].shape:
+            raise ArgumentError(f"{misfit}: {name!r} is {list(tensor.shape)}, not {list(own[name].shape)}")
+        if tensor.is_floating_point() != own[name].is_floating_point():
+            raise ArgumentError(f"{misfit}: {name!r} is {tensor.dtype}, not {own[name].dtype}")
+    model.load_state_dict({name: tensor for name, tensor in tensors.items() if name in own})
+
+
+def load_initial(model: nn.Module, path: Path) -> None:
+    """Copy the weights of a model file into a float model that is to be trained on.
+
+    Raises:
+        MissingDataError: the file cannot be read.
+        CorruptDataError: it is damaged.
+        ArgumentError: it does not fit the model.
+    """
+    tensors, _ = load_model(path)
+    load_tensors(model, tensors, f"init={str(path)!r}: does not fit the model")
 
 
 def _is_checkpoint(path: Path) -> bool:

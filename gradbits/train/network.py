@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +17,18 @@ from torch.nn import functional as F
 
 from gradbits.core.errors import CorruptDataError
 from gradbits.nn import pack_activations
+from gradbits.optim.delta_schedule import DeltaSchedule
+from gradbits.optim.hessian import scaled_layers
+from gradbits.recipes.learning import HessianScaling
 from gradbits.train.companion import Companion
 from gradbits.train.compressing import compression_companions
 from gradbits.train.entry import Entry
+from gradbits.train.link import Link
+from gradbits.train.model_file import load_initial
 from gradbits.train.models import build_model
-from gradbits.train.options import TrainOptions
+from gradbits.train.options import OWN_WIRE, TrainOptions
+from gradbits.train.penalty import GradientPenalty, make_penalty
+from gradbits.train.ranks import Ranks
 from gradbits.train.tasks import Batch, Task
 
 WARMUP = 0.05  # share of the steps over which a cosine schedule rises
@@ -34,6 +44,9 @@ class Network:
         companions: act after each step, in this order.
         device: where the batches go.
         pack_bits: bits of what autograd keeps; None packs nothing.
+        penalty: a term of the loss of a training step, or None.
+        ranks: the processes that train it together.
+        link: keeps their replicas together; None on one process.
     """
 
     entry: Entry
@@ -43,6 +56,14 @@ class Network:
     device: torch.device
     companions: list[Companion] = field(default_factory=list)
     pack_bits: int | None = None
+    penalty: GradientPenalty | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    link: Link | None = None
+
+    def connect(self, options: TrainOptions) -> None:
+        """Let the replicas of all ranks train together from here on; every rank must call it."""
+        if self.ranks.world > 1:
+            self.link = Link(self.ranks, self.model, self.optimizer, options)
 
     def packing(self) -> pack_activations | contextlib.nullcontext[None]:
         """Return the context in which the forward pass of a training step runs."""
@@ -54,10 +75,15 @@ class Network:
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the mean cross-entropy in nats and the logits [N, classes] of a batch."""
+    def forward(self, batch: Batch, module: nn.Module | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the mean cross-entropy in nats and the logits [N, classes] of a batch.
+
+        Args:
+            batch: on the network's device.
+            module: the model with what is wrapped around it; None: the model alone.
+        """
         with self.autocast():
-            logits = self.model(batch.inputs).flatten(0, -2)
+            logits = (self.model if module is None else module)(batch.inputs).flatten(0, -2)
             return F.cross_entropy(logits.float(), batch.targets), logits
 
     def step(self, batch: Batch, step: int) -> tuple[float, int]:
@@ -68,12 +94,21 @@ class Network:
             step: its number, from 1.
 
         Returns:
-            The mean loss in nats and the number of right answers.
+            The mean loss in nats, without a penalty, and the number of right answers.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        with self.packing():
-            loss, logits = self.forward(batch)
-        loss.backward()
+        module = None
+        if self.link is not None:
+            self.link.before_forward()
+            module = self.link.module
+        if self.penalty is not None and self.penalty.is_on(step):
+            with self.penalty.recording(self.model, step) as recorded:
+                loss, logits = self.forward(batch, module)
+            (loss + self.penalty.term(loss, self.model, recorded, step)).backward()
+        else:
+            with self.packing():
+                loss, logits = self.forward(batch, module)
+            loss.backward()
         self.optimizer.step()
         self.scheduler.step()
         for companion in self.companions:
@@ -81,7 +116,10 @@ class Network:
         return loss.item(), int((logits.argmax(1) == batch.targets).sum())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that a resumed run needs, the random generators' states included."""
+        """Return everything that a resumed run needs, the random generators' states included.
+
+        With several ranks, every rank must call it; on rank 0 it holds what the ranks have of their own, too.
+        """
         state: dict[str, Any] = {
             "model": dict(self.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),
@@ -91,6 +129,11 @@ class Network:
         }
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
+        if self.link is not None:
+            own = {"rng": state["rng"], "wire": self.link.state_dict(), "companions": state["companions"]}
+            if hasattr(self.optimizer, "comm"):
+                own["optimizer"] = state["optimizer"]
+            state["ranks"] = self.ranks.gather(own)
         return state
 
     def load_state_dict(self, state: dict[str, Any], source: str = "state") -> None:
@@ -104,12 +147,21 @@ class Network:
             CorruptDataError: it belongs to another network.
         """
         try:
+            parts = state.get("ranks", [])
+            mine = parts[self.ranks.rank] if len(parts) == self.ranks.world else {}
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            if hasattr(self.optimizer, "comm") and parts:
+                self.optimizer.load_ranks([part["optimizer"] for part in parts])  # type: ignore[attr-defined]
+            else:
+                self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
-            for companion, stored in zip(self.companions, state["companions"], strict=True):
+            for companion, stored in zip(self.companions, mine.get("companions", state["companions"]), strict=True):
                 companion.load_state_dict(stored)
-            torch.set_rng_state(state["rng"])
+            torch.set_rng_state(mine.get("rng", state["rng"]))
+            if self.ranks.rank and not mine:  # another number of ranks than before: noise of its own, as at the start
+                torch.manual_seed(self.ranks.seed(torch.initial_seed()))
+            if self.link is not None:
+                self.link.load_state_dict([part["wire"] for part in parts])
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
@@ -117,7 +169,9 @@ class Network:
             raise CorruptDataError(f"{source}: does not fit network {self.entry.label!r}: {reason}") from error
 
 
-def build_network(entry: Entry, options: TrainOptions, task: Task, seed: int, total_steps: int) -> Network:
+def build_network(
+    entry: Entry, options: TrainOptions, task: Task, seed: int, total_steps: int, ranks: Ranks | None = None
+) -> Network:
     """Return a network at step 0; the seed alone decides the initial weights, whatever the entry.
 
     Args:
@@ -126,6 +180,7 @@ def build_network(entry: Entry, options: TrainOptions, task: Task, seed: int, to
         task: says what the model must take and return.
         seed: for the initial weights, and afterwards for the noise of the quantizers.
         total_steps: length of the schedule.
+        ranks: the processes that train it together; None: this one alone.
 
     Raises:
         ArgumentError: a model, recipe or override that is not legal.
@@ -133,14 +188,18 @@ def build_network(entry: Entry, options: TrainOptions, task: Task, seed: int, to
     device = torch.device(options.device or "cpu")
     torch.manual_seed(seed)
     model = build_model(options.model or "", task.model_arguments(), options.model_options()).to(device)
-    torch.manual_seed(seed)  # so that models that draw more or fewer initial weights train with the same noise
+    ranks = ranks or Ranks()
+    # so that models that draw more or fewer initial weights train with the same noise, each rank with its own
+    torch.manual_seed(ranks.seed(seed))
+    if options.init is not None:
+        load_initial(model, Path(options.init))
     if not entry.is_float:
         import gradbits
         from gradbits.recipes.registry import configured
 
         recipe = configured(entry.recipe, dict(entry.overrides))
         gradbits.quantize_(model, recipe, compute=options.compute or "auto")
-    optimizer = _optimizer(model, options)
+    optimizer = _optimizer(model, options, ranks)
     companions: list[Companion] = []
     if not entry.is_float:
         from gradbits.optim import attach_companion_
@@ -153,7 +212,7 @@ def build_network(entry: Entry, options: TrainOptions, task: Task, seed: int, to
     cosine = options.schedule == "cosine"
     schedule = partial(_cosine, total=total_steps) if cosine else _constant
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    return Network(
+    network = Network(
         entry=entry,
         model=model,
         optimizer=optimizer,
@@ -161,10 +220,40 @@ def build_network(entry: Entry, options: TrainOptions, task: Task, seed: int, to
         device=device,
         companions=companions,
         pack_bits=options.pack_activations,
+        penalty=make_penalty(options, task.steps_per_epoch, total_steps),
+        ranks=ranks,
     )
+    if layers := scaled_layers(model):
+        losses = partial(_losses, network, layers[0].assignment.recipe.hessian, task, seed)
+        measured = DeltaSchedule(model, losses, steps_per_epoch=task.steps_per_epoch, total=total_steps, seed=seed)
+        network.companions.append(measured)
+    return network
 
 
-def _optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
+def _losses(
+    network: Network, rule: HessianScaling | None, task: Task, seed: int, step: int
+) -> Iterator[Callable[[], torch.Tensor]]:
+    """Yield functions that return the loss of the training batches to come, each of its first samples."""
+    samples = 0 if rule is None else rule.samples
+    for index in itertools.count(step):
+        batch = task.batch(seed, index)
+        if samples and samples < len(batch.inputs):
+            targets = len(batch.targets) // len(batch.inputs) * samples  # a text has many for each sample
+            batch = Batch(batch.inputs[:samples], batch.targets[:targets])
+        yield partial(_loss, network, batch.to(network.device))
+
+
+def _loss(network: Network, batch: Batch) -> torch.Tensor:
+    return network.forward(batch)[0]
+
+
+def _optimizer(model: nn.Module, options: TrainOptions, ranks: Ranks) -> torch.optim.Optimizer:
+    if options.optimizer in OWN_WIRE:
+        from gradbits.optim import OneBitAdam, QuantizedAdam
+
+        own = QuantizedAdam if options.optimizer == "quantized_adam" else OneBitAdam
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        return own(named, lr=options.lr or 0.0, weight_decay=options.weight_decay or 0.0)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     lr, decay = options.lr or 0.0, options.weight_decay or 0.0
     if options.optimizer == "sgd":

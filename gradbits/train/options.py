@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,13 @@ from gradbits.train.datasets import DATA_SETS, TEXT_SETS
 from gradbits.train.entry import FLOAT, Entry, parse_entry, parse_override
 from gradbits.train.models import IMAGE_MODELS, TEXT_MODELS
 from gradbits.train.sharing import SHARE_BITS
+from gradbits.wire import Codec, codec, codecs
+from gradbits.wire.baselines import BASELINES
 
-OPTIMIZERS = ("sgd", "adam", "adamw")
+OPTIMIZERS = ("sgd", "adam", "adamw", "quantized_adam", "onebit_adam")
+OWN_WIRE = ("quantized_adam", "onebit_adam")  # optimizers that talk to the other ranks themselves
+WIRE_OPTIONS = ("wire_bits", "wire_bucket", "wire_feedback", "wire_start", "entropy")
+PATHS = ("data_dir", "text", "init")
 SCHEDULES = ("cosine", "constant")
 COMPUTE = ("auto", "integer", "simulate")
 DRAWS = 32
@@ -27,6 +33,8 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "mlp": {"optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4},
     "small_cnn": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4},
     "resnet20": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4},
+    "resnet18": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4},
+    "mobilenet": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-5},
     "gpt": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01},
 }
 OTHER_MODEL: dict[str, Any] = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01}
@@ -48,15 +56,24 @@ class TrainOptions:
     Args:
         data: a name from ``DATA_SETS``; ``data_dir`` and ``text`` say where it is, ``limit`` keeps the first samples.
         model: a built-in name or ``package.module:factory``; ``model_set`` holds ``name=value`` texts for it.
+        init: a model file that every network starts from, in place of the seed's weights.
         networks: entries to train, each ``name`` or ``name:path=value``; ``overrides`` go to all quantized ones.
         seeds: one training per entry and seed.
         epochs, steps: length of a training; one of them.
         batch_size: samples of a batch.
-        optimizer: ``sgd`` (momentum 0.9), ``adam`` or ``adamw``; ``lr`` and ``weight_decay`` are its arguments.
+        optimizer: ``sgd`` (momentum 0.9), ``adam``, ``adamw``, ``quantized_adam`` or ``onebit_adam``; ``lr`` and
+            ``weight_decay`` are its arguments.
+        wire: codec of the gradients between ranks, or ``none``, ``fp16``, ``bf16`` or ``powersgd`` for PyTorch's own.
+        wire_bits, wire_bucket: options of the codec; ``wire_feedback`` and ``entropy`` as in ``gradbits.wire.codec``;
+            ``wire_start`` steps go uncompressed.
         schedule: ``cosine`` (rises over the first twentieth, falls to 0) or ``constant``.
         device, threads: where it is computed.
         compute: how products of quantized layers are computed.
         pack_activations: bits of what autograd keeps, for every network; None packs nothing.
+        gradient_l1: coefficient of the L1 norms of the loss's gradients by weights and, unless
+            ``gradient_l1_activations`` says another, by activations; None: no such term.
+        gradient_l1_start: part of the steps before the term begins.
+        eval_bits: numbers of bits to which the trained float networks are quantized for a further test.
         prune: sparsity that the weights of every network reach while they train; None prunes nothing.
         share: bits of the codebooks that the weights of every network end in; None shares nothing.
         measure_variance: whether bias and variance of the gradients of every quantized network are measured at the end.
@@ -70,6 +87,7 @@ class TrainOptions:
     limit: int | None = None
     model: str | None = None
     model_set: tuple[str, ...] | None = None
+    init: str | None = None
     networks: tuple[str, ...] | None = None
     overrides: tuple[str, ...] | None = None
     seeds: tuple[int, ...] | None = None
@@ -84,10 +102,20 @@ class TrainOptions:
     threads: int | None = None
     compute: str | None = None
     pack_activations: int | None = None
+    gradient_l1: float | None = None
+    gradient_l1_activations: float | None = None
+    gradient_l1_start: float | None = None
+    eval_bits: tuple[int, ...] | None = None
     prune: float | None = None
     share: int | None = None
     measure_variance: bool | None = None
     draws: int | None = None
+    wire: str | None = None
+    wire_bits: int | None = None
+    wire_bucket: int | None = None
+    wire_feedback: bool | None = None
+    wire_start: int | None = None
+    entropy: str | None = None
     save_every: int | None = None
     log_every: int | None = None
 
@@ -129,7 +157,7 @@ class TrainOptions:
         }
         given = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
         settled = {**defaults, **given, "data": data, "model": model, "epochs": epochs, "steps": steps}
-        for key in ("data_dir", "text"):  # a resumed run may be started from another folder
+        for key in PATHS:  # a resumed run may be started from another folder
             if key in settled:
                 settled[key] = str(Path(settled[key]).resolve())
         options = TrainOptions(**settled)
@@ -142,6 +170,12 @@ class TrainOptions:
                 check_integer(value, name, low)
         if self.pack_activations is not None:
             check_bits(self.pack_activations, "pack_activations")
+        self._check_gradient_l1()
+        if self.eval_bits is not None:
+            for bits in self.eval_bits:
+                check_bits(bits, "eval_bits")
+            if not self.eval_bits or len(set(self.eval_bits)) != len(self.eval_bits):
+                raise ArgumentError(f"eval_bits={self.eval_bits}: must be different numbers of bits, at least one")
         if self.prune is not None:
             check_number(self.prune, "prune", 0.0, 1.0, open_low=True, open_high=True)
         if self.share is not None:
@@ -153,6 +187,7 @@ class TrainOptions:
         for name in ("batch_size", "threads", "log_every"):
             check_integer(getattr(self, name), name, 1)
         check_choice(self.optimizer, "optimizer", OPTIMIZERS)
+        self._check_wire()
         check_choice(self.schedule, "schedule", SCHEDULES)
         check_choice(self.compute, "compute", COMPUTE)
         check_number(self.lr, "lr", 0.0, open_low=True)
@@ -176,6 +211,49 @@ class TrainOptions:
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise ArgumentError(f"device={self.device!r}: is not available here: {reason}") from error
+
+    def _check_gradient_l1(self) -> None:
+        limits = {"gradient_l1": math.inf, "gradient_l1_activations": math.inf, "gradient_l1_start": 1.0}
+        for name, high in limits.items():
+            if (value := getattr(self, name)) is not None:
+                check_number(value, name, 0.0, high, open_high=True)
+                if self.gradient_l1 is None:
+                    raise ArgumentError(f"{name}={value}: goes with gradient_l1, which is not given")
+        if self.gradient_l1 is None:
+            return
+        if quantized := [entry.label for entry in self.entries() if not entry.is_float]:
+            raise ArgumentError(
+                f"gradient_l1={self.gradient_l1}: needs second derivatives, which {quantized[0]} has not; train fp32"
+            )
+        if self.pack_activations is not None:
+            raise ArgumentError(
+                f"gradient_l1={self.gradient_l1}: cannot be combined with pack_activations={self.pack_activations}"
+            )
+
+    def _check_wire(self) -> None:
+        given = {name: value for name in WIRE_OPTIONS if (value := getattr(self, name)) is not None}
+        if self.optimizer in OWN_WIRE:
+            if self.wire is not None or given:
+                name, value = next(iter({"wire": self.wire, **given}.items()))
+                raise ArgumentError(f"{name}={value!r}: {self.optimizer} talks to the other ranks itself")
+            return
+        if self.wire is None or self.wire in BASELINES:
+            if illegal := [name for name in given if not (name == "wire_start" and self.wire == "powersgd")]:
+                raise ArgumentError(
+                    f"{illegal[0]}={given[illegal[0]]!r}: wire {self.wire or 'none'!r} has no such option"
+                )
+            if self.wire == "powersgd":
+                check_integer(self.wire_start or 2, "wire_start", 2)
+            return
+        check_choice(self.wire, "wire", (*BASELINES, *codecs()))
+        check_integer(self.wire_start or 0, "wire_start", 0)
+        self.wire_codec()
+
+    def wire_codec(self) -> Codec:
+        """Return the codec that ``wire`` and its options describe."""
+        options: dict[str, Any] = {"bits": self.wire_bits, "bucket": self.wire_bucket}
+        options = {name: value for name, value in options.items() if value is not None}
+        return codec(self.wire or "", entropy=self.entropy, feedback=self.wire_feedback, **options)
 
     def entries(self) -> list[Entry]:
         """Return the networks to train."""
@@ -225,7 +303,7 @@ class TrainOptions:
         for key, value in self.to_dict().items():
             if value is None or (key in late and not settings["measure_variance"]):
                 continue
-            if key in ("data_dir", "text"):
+            if key in PATHS:
                 value = str(Path(value).resolve())
             before = settings[key]
             if key == "networks":

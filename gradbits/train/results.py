@@ -6,7 +6,7 @@ import json
 import math
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,16 @@ def make_record(
     command: str,
     model_file: str,
     sparsity: float,
+    bits: Mapping[int, float] | None = None,
+    wire: Record | None = None,
 ) -> Record:
     """Return the record of one trained network: JSON values, ``None`` for a number that is not finite.
 
     ``test_accuracy`` is a share from 0 to 1; ``train_loss`` is the mean cross-entropy in nats over the last epoch (or
     over all steps, if there were fewer). ``model_file`` is relative to the folder of the run; ``sparsity`` is the part
-    of exact zeros among the weights of two axes or more.
+    of exact zeros among the weights of two axes or more. ``bits_results`` holds the test metric after post-training
+    quantization by number of bits, or None.
+    ``wire`` says what several ranks sent each other.
     """
     record = {
         "network": entry.label,
@@ -62,6 +66,7 @@ def make_record(
         "weight_decay": options.weight_decay,
         "schedule": options.schedule,
         "limit": options.limit,
+        "init": options.init,
         "train_loss": at.final_loss / at.final_steps,
         task.metric: at.metric,
         "step_ms_median": cost.step_ms,
@@ -72,9 +77,14 @@ def make_record(
         "threads": options.threads,
         "compute": options.compute,
         "pack_activations": options.pack_activations,
+        "gradient_l1": options.gradient_l1,
+        "gradient_l1_activations": options.gradient_l1_activations,
+        "gradient_l1_start": options.gradient_l1_start,
+        "bits_results": None if bits is None else {str(b): v for b, v in bits.items()},
         "prune": options.prune,
         "share": options.share,
         "sparsity": sparsity,
+        **(wire or {}),
         "model_file": model_file,
         "versions": versions(),
         "command": command,
@@ -128,11 +138,16 @@ def results_table(records: Sequence[Record]) -> Table:
     first = records[0]
     seeds = len(next(iter(groups.values())))
     title = f"{first['data']}, {first['model']}, {first['steps']} steps, {seeds} seed{'s' if seeds > 1 else ''}"
+    wired = first.get("ranks", 1) > 1
+    if wired:
+        title += f", {first['ranks']} ranks, wire {first['wire']}"
     # no lines between the columns and short headings: it has to fit into 80 characters
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("network", overflow="fold")
     quality_heading = "test accuracy" if accuracy else "bits per byte"
     for heading in (quality_heading, "vs fp32", "step", "vs fp32", "saved for\nbackward", "bits per\ngradient"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("sent per\nstep", "ratio") if wired else ():
         table.add_column(heading, justify="right", no_wrap=True)
     for label, group in groups.items():
         value, spread = _mean(group, metric), _spread(group, metric)
@@ -150,7 +165,31 @@ def results_table(records: Sequence[Record]) -> Table:
             f"{step / _mean(reference, 'step_ms_median'):.2f}x" if reference else "",
             _bytes(_mean(group, "saved_bytes")),
             f"{_mean(group, 'gradient_bits'):.4g}",
+            *((_bytes(_mean(group, "wire_bytes_per_step")), f"{_mean(group, 'wire_ratio'):.1f}x") if wired else ()),
         )
+    return table
+
+
+def bits_table(records: Sequence[Record]) -> Table | None:
+    """Return the test results after post-training quantization, a row per network; None where there are none."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        if record.get("bits_results") is not None:
+            groups.setdefault(str(record["network"]), []).append(record)
+    if not groups:
+        return None
+    metric = next(name for name in METRICS if name in records[0])
+    accuracy = metric == "test_accuracy"
+    what = "test accuracy" if accuracy else "bits per byte"
+    table = Table(title=f"{what} quantized after training", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("network", overflow="fold")
+    widths = list(next(iter(groups.values()))[0]["bits_results"])
+    for heading in ("float", *(f"{width} bits" for width in widths)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for label, group in groups.items():
+        flat = [{metric: record[metric], **record["bits_results"]} for record in group]
+        values = [_mean(flat, key) for key in (metric, *widths)]
+        table.add_row(label, *(f"{100 * value:.2f} %" if accuracy else f"{value:.3f}" for value in values))
     return table
 
 

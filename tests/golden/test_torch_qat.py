@@ -1,8 +1,6 @@
 """Fake quantization, observers and the nudged range against PyTorch's own, for every case the file holds.
 
-The learnable fake quantization (``learn_*``), fixed-point requantization (``requant``) and integer-only layers
-(``intlinear``) of this file belong to parts that do not exist yet. The histogram observer searches for a range in its
-own way and has no counterpart here.
+The histogram observer searches for a range in its own way and has no counterpart here.
 """
 
 from __future__ import annotations
@@ -13,7 +11,10 @@ import pytest
 import torch
 
 from gradbits.core.grain import Grain, PerChannel, PerTensor
+from gradbits.kernels.fixed_point import Multiplier, high_multiply, requantize
+from gradbits.kernels.reference import int_product
 from gradbits.quantizers.fake import fake_quantize
+from gradbits.quantizers.fake_learned import fake_quantize_learned
 from gradbits.quantizers.grids import Affine, Grid, Symmetric
 from gradbits.quantizers.ranges import EMA, MinMax, RangeRule
 
@@ -127,3 +128,64 @@ def test_nudged_range(data):
         steps = (1 << int(bits)) - 1
         assert -rank * ours == pytest.approx(nudged_low, rel=1e-6, abs=1e-9)
         assert (steps - rank) * ours == pytest.approx(nudged_high, rel=1e-6, abs=1e-9)
+
+
+def test_requantization(data):
+    m = Multiplier.of(data["requant/M"].double())
+    assert torch.equal(m.m0, data["requant/M0_q31"].long())
+    assert torch.equal(m.shift, data["requant/shift"].long())
+    sums, m = data["requant/acc"].long(), m.view(-1, 1)
+    assert torch.equal(high_multiply(sums, m.m0), data["requant/srdhm"].long())
+    assert torch.equal(requantize(sums, m, "double"), data["requant/out_gemmlowp"].long())
+    assert torch.equal(requantize(sums, m), data["requant/out_single_rounding_half_away"].long())
+
+
+def test_integer_only_layers(data):
+    for case in found(data, r"(intlinear/\d+)/acc_i32"):
+        at = {k: data[f"{case[1]}/{k}"] for k in ("qx", "qw", "zx", "zw", "zo", "bias_i32", "scales_x_w_o")}
+        x, w, zx, zw = (at[k].int() for k in ("qx", "qw", "zx", "zw"))
+        # unsigned codes as signed ones, and the identity that takes the zero points out of the integer product
+        product = int_product((x - 128).to(torch.int8), (w - 128).to(torch.int8).t())
+        x0, w0 = zx - 128, zw - 128
+        sums = product - x0 * (w - 128).sum(1) - w0 * (x - 128).sum(1, keepdim=True) + x.shape[1] * x0 * w0
+        sums = sums + at["bias_i32"].int()
+        assert torch.equal(sums.int(), data[case[0]].int()), case[1]
+        sx, sw, so = at["scales_x_w_o"].double()
+        m = Multiplier.of(sx * sw / so)
+        assert int(m.m0) == int(data[f"{case[1]}/M0_q31"])
+        assert int(m.shift) == int(data[f"{case[1]}/shift"])
+        codes = requantize(sums, m) + at["zo"].long()
+        assert torch.equal(codes.clamp(0, 255), data[f"{case[1]}/out_u8"].long()), case[1]
+        assert torch.equal(codes.clamp(int(at["zo"]), 255), data[f"{case[1]}/out_relu_u8"].long()), case[1]
+
+
+def learned(x, grad_out, scale, zero, low, high, axis, factor):
+    x, scale, zero = (t.clone().float().requires_grad_() for t in (x, scale, zero))
+    out = fake_quantize_learned(x, scale, zero, low, high, axis=axis, factor=factor)
+    out.backward(grad_out)
+    return {"out": out.detach(), "grad_x": x.grad, "grad_scale": scale.grad, "grad_zero": zero.grad}
+
+
+def test_learned_scale_and_zero_point(data):
+    number = r"(-?[\d.e-]+)"
+    for case in found(data, rf"(fq/s{number}_z(-?\d+)_q(-?\d+)_(-?\d+)/(learn_\w+))/out"):
+        name, scale, zero, low, high, kind = case.groups()
+        factor = float(data[f"{name}/grad_factor"]) if f"{name}/grad_factor" in data else 1.0
+        assert kind == "learn_g1" or factor != 1.0
+        x, grad_out = data["fq/x"], data["fq/grad_out"]
+        start = (torch.tensor([float(scale)]), torch.tensor([float(zero)]))
+        got = learned(x, grad_out, *start, int(low), int(high), None, factor)
+        for key, value in got.items():
+            want = data[f"{name}/{key}"].reshape(value.shape)
+            assert torch.allclose(value, want, rtol=1e-4, atol=1e-4 * float(want.abs().max())), (name, key)
+
+
+def test_learned_scale_and_zero_point_per_channel(data):
+    for case in found(data, r"(fqc/q(-?\d+)_(-?\d+)/learn)/out"):
+        name, low, high = case.groups()
+        x, grad_out, start = data["fq/x"], data["fq/grad_out"], (data["fqc/scale"], data["fqc/zero"])
+        factor = float(data[f"{name}/grad_factor"]) if f"{name}/grad_factor" in data else 1.0
+        got = learned(x, grad_out, *start, int(low), int(high), 1, factor)
+        for key, value in got.items():
+            want = data[f"{name}/{key}"].reshape(value.shape)
+            assert torch.allclose(value, want, rtol=1e-4, atol=1e-4 * float(want.abs().max())), (name, key)

@@ -17,7 +17,7 @@ import gradbits as gb
 
 RECIPES = {
     "int8_dynamic": {}, "unified_int8": {"activation_range": "ema", "refresh": 2}, "statquant_psq": {},
-    "adaptive_int8": {}, "int4_transformer": {},
+    "adaptive_int8": {}, "int4_transformer": {}, "ewgs": {}, "lsq": {},
 }
 
 
@@ -59,6 +59,12 @@ def work(rank, path):
                     dist.all_reduce(own)
                     assert torch.allclose(p.grad, own / 2, rtol=1e-5, atol=1e-7), name
             opt.step()
+        if name == "ewgs":
+            found = gb.optim.measure_deltas_(model, [lambda: model(x).square().mean()])
+            own = torch.tensor(list(found.values()))
+            both = [torch.empty_like(own), torch.empty_like(own)]
+            dist.all_gather(both, own)
+            assert torch.equal(*both), "replicas scale gradients differently"
         assert any(not torch.equal(p, old) for p, old in zip(model.parameters(), start)), name
         for p in model.parameters():
             assert torch.isfinite(p).all(), name

@@ -19,7 +19,7 @@ def count(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["mlp", "small_cnn", "resnet20"])
+@pytest.mark.parametrize("name", ["mlp", "small_cnn", "resnet20", "mobilenet"])
 @pytest.mark.parametrize("size", [(8, 8), (9, 13), (28, 28)])
 def test_image_models_take_any_size(name, size):
     model = build_model(name, {"in_channels": 2, "image_size": size, "classes": 7})

@@ -11,7 +11,7 @@ from gradbits.kernels.dispatch import Kernel, Request
 
 def kernels() -> tuple[Kernel, ...]:
     """Return the kernels of this backend."""
-    from gradbits.kernels.native import library, packing, products
+    from gradbits.kernels.native import buckets, huffman, library, packing, products, sums
     from gradbits.kernels.native.quantize import min_max, quantize
 
     def why_not(request: Request) -> str | None:
@@ -19,15 +19,17 @@ def kernels() -> tuple[Kernel, ...]:
             return f"runs on the processor only, not on {request.device}"
         return library.why_not()
 
-    def conv_why_not(request: Request) -> str | None:
-        return why_not(request) or products.conv_why_not(request)
-
-    everywhere = (quantize, min_max, packing.pack, packing.unpack, products.matmul, products.conv_grad_weight)
-    measured = (products.conv_output, products.conv_grad_input)
-    return (
-        *(Kernel(f.__name__, "native", f, why_not) for f in everywhere),
-        *(Kernel(f.__name__, "native", f, conv_why_not) for f in measured),
+    wire = (
+        *(buckets.pack_symbols, buckets.unpack_symbols),
+        *(buckets.bucket_norms, buckets.encode_buckets, buckets.decode_buckets),
+        *(huffman.count_symbols, huffman.huffman_encode, huffman.huffman_decode),
     )
+    functions = (
+        *(quantize, min_max, packing.pack, packing.unpack, sums.sum_codes),
+        *(products.matmul, products.conv_output, products.conv_grad_input, products.conv_grad_weight),
+        *wire,
+    )
+    return tuple(Kernel(f.__name__, "native", f, why_not) for f in functions)
 
 
 def describe() -> str:

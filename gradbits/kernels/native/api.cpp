@@ -52,4 +52,8 @@ GB_API int gradbits_columns(int level, const ProductArgs* args) { return table(l
 GB_API int gradbits_pack(int level, const PackArgs* args) { return table(level)->pack(args); }
 
 GB_API int gradbits_unpack(int level, const PackArgs* args) { return table(level)->unpack(args); }
+
+GB_API int gradbits_sums(int level, const SumsArgs* args) { return table(level)->sums(args); }
+
+GB_API int gradbits_norm(int level, const NormArgs* args) { return table(level)->norm(args); }
 }

@@ -2,13 +2,17 @@
 
 namespace GB_ISA {
 namespace {
+#include "noise.inl"
 #include "quantize.inl"
 #include "range.inl"
+#include "weave.inl"
 #include "tile.inl"
 #include "epilogue.inl"
-#include "patch.inl"
+#include "blocks.inl"
 #include "rows.inl"
 #include "columns.inl"
 #include "pack.inl"
+#include "sums.inl"
+#include "norm.inl"
 }  // namespace
 }  // namespace GB_ISA

@@ -1,124 +1,115 @@
-// `grad_weight`: sums over positions. Pieces of the gradient and of the patches are woven into words where they are
-// needed and multiplied while they are in the cache.
+// `grad_weight`: sums over positions. The gradient and the input of a block of positions are laid out and multiplied,
+// and the sums of the blocks added up.
 
-static const int DEPTH = 512;       // positions that are woven at once
-static const int MOST_ROWS = 480;   // output channels, and
-static const int MOST_COLUMNS = 384;  // taps times channels, of one block of sums
+static const int64_t MOST_COLUMNS = 256;      // output channels whose sums are held at once, and
+static const int64_t MOST_SUMS = 256 << 10;   // sums
+static const int64_t WORDS = 256;             // of a block
+static const int64_t INT32_TERMS = 131071;    // products of two codes whose sum surely fits in int32
 
 struct ColumnsJob {
     const ProductArgs* p;
-    int64_t depth, taps;                           // positions of all samples
-    int64_t row_blocks, tap_blocks, channel_blocks, splits;
-    int64_t rows_each, taps_each, channels_each, pieces_each;
+    Blocks blocks;
+    int64_t taps, copies, words;                    // taps; those of axes 0 and 2; words of a line
+    int64_t rows_each, channels_each;               // output and input channels of a task
+    int64_t row_parts, channel_parts, splits, blocks_each;
     int64_t tasks, next;
     int64_t* total;  // [group][row][tap][channel], where several tasks share a sum
-    int failed, lock;
+    int how, failed, lock;
 };
 
 struct ColumnsSpace {
     uint32_t *a, *b;
-    int32_t *sums, *start;
-    int8_t* lines;  // G rows of patches
+    int32_t *sums, *start, *place;
 };
 
-static const int LINE = MOST_COLUMNS + 128;
+GB_INLINE int64_t odd_lines(int64_t n) { return (n + 15) / 32 * 32 + 16; }  // words: an odd number of cache lines
 
-// Weave rows of the gradient: [block of 48][word][48].
-static void weave_rows(const ProductArgs* p, const int8_t* g, int rows, int codes, int words, uint32_t* to) {
-    const int8_t zeros[16] = {0};
-    for (int k = 0; k < words; k++)
-        for (int m = 0; m < rows; m += 16) {
-            int8_t copy[G][16];
-            const int8_t* row[G];
-            for (int i = 0; i < G; i++) {
-                const int8_t* from = g + (k * G + i) * p->w_tap[0] + m;
-                row[i] = k * G + i < codes ? from : zeros;
-                if (row[i] == from && rows - m < 16) {
-                    for (int j = 0; j < 16; j++) copy[i][j] = j < rows - m ? from[j] : 0;
-                    row[i] = copy[i];
+// Lay out the gradient of a block: [line][sample][word][row].
+static void lay_gradient(const ColumnsJob* job, const Block* k, int64_t group, int64_t row, int64_t rows, uint32_t* a,
+                         int64_t pitch) {
+    const ProductArgs* p = job->p;
+    const int8_t* g = p->w + group * p->w_group + row * p->w_column + k->at0 * p->w_tap[0] + k->at2 * p->w_tap[2];
+    for (int64_t i1 = k->at1; i1 < k->at1 + k->n1; i1++)
+        for (int64_t s = k->sample; s < k->sample + k->samples; s++, a += parts_of(k->n2, G) * pitch)
+            weave(g + i1 * p->w_tap[1] + s * p->w_channel, p->w_column, p->w_tap[2], rows, k->n2, 0, k->n2, a, pitch, PLAIN);
+}
+
+// Lay out the input of a block: [panel][tap 0][tap 2][plane][slot][sample][word][16].
+static void lay_patches(const ColumnsJob* job, const Block* k, int64_t group, int64_t channel, int64_t width, uint32_t* b) {
+    const ProductArgs* p = job->p;
+    const int64_t lines = job->blocks.planes * job->blocks.slots, words = parts_of(k->n2, G);
+    const int8_t* x = p->x + group * p->x_group + channel * p->x_channel;
+    for (int64_t panel = 0; panel < width; panel += 16)
+        for (int64_t t0 = 0; t0 < p->taps[0]; t0++)
+            for (int64_t t2 = 0; t2 < p->taps[2]; t2++) {
+                int64_t first, last, column = columns_of(p, k, t2, &first, &last);
+                int64_t i0 = k->at0 * p->stride[0] - p->padding[0] + t0 * p->dilation[0];
+                for (int64_t line = 0; line < lines; line++) {
+                    int64_t i1 = line_in(p, k, line / job->blocks.slots, line % job->blocks.slots);
+                    bool there = inside(i0, p->size[0]) && inside(i1, p->size[1]) && first < last;
+                    const int8_t* from = x + panel * p->x_channel + i0 * p->x_axis[0] + i1 * p->x_axis[1] +
+                                         column * p->x_axis[2] + k->sample * p->x_sample;
+                    for (int64_t s = 0; s < k->samples; s++, b += words * 16, from += p->x_sample)
+                        if (there)
+                            weave(from, p->x_channel, p->stride[2] * p->x_axis[2], least(width - panel, 16), k->n2, first, last,
+                                  b, 16, FLIP);
+                        else
+                            weave_zeros(b, words * 16, FLIP);
                 }
             }
-            weave16(to + (m / BLOCK_ROWS * words + k) * BLOCK_ROWS + m % BLOCK_ROWS, row, 0);
-        }
 }
 
-// Weave patches into panels, [panel][word][16]; of positions beyond the last, anything: the gradient has zeros there.
-static void weave_patches(const ProductArgs* p, const int8_t* x, int64_t first, const Part* part, int codes, int words,
-                          int panels, ColumnsSpace* s) {
-    Place place = place_of(p, first);
-    for (int k = 0; k < words; k++) {
-        const int8_t* line[G];
-        for (int i = 0; i < G; i++) {
-            line[i] = s->lines + i * LINE;
-            if (k * G + i >= codes) continue;
-            put_patch(p, x, &place, part, s->lines + i * LINE);
-            advance(p, &place);
+static void columns_block(const ColumnsJob* job, ColumnsSpace* s, const Block* k, int64_t group, int64_t row, int64_t rows,
+                          int64_t channel, int64_t width, bool add) {
+    const ProductArgs* p = job->p;
+    const Blocks* b = &job->blocks;
+    const int64_t pitch = odd_lines(rows), panels = parts_of(width, 16), ldc = panels * 16;
+    const int64_t line = k->samples * parts_of(k->n2, G) * 16, copy = b->planes * b->slots * line, panel = job->copies * copy;
+    const int64_t words = k->n1 * k->samples * parts_of(k->n2, G);
+    lay_gradient(job, k, group, row, rows, s->a, pitch);
+    lay_patches(job, k, group, channel, width, s->b);
+    starts_of(s->a, pitch, words, (int)rows, s->start);
+    for (int64_t i = 0; i < words; i++) s->place[i] = (int32_t)(i * pitch);
+    for (int64_t t = 0; t < job->taps; t++) {
+        int64_t t2 = t % p->taps[2], t1 = t / p->taps[2] % p->taps[1], t0 = t / p->taps[2] / p->taps[1];
+        const uint32_t* from = s->b + (t0 * p->taps[2] + t2) * copy + slot_of(p, b, t1) * line;
+        int32_t* sums = s->sums + t * rows * ldc;
+        for (int64_t n = 0; n < panels;) {
+            int wide = tile_width(panels - n), most = most_rows(wide);
+            for (int64_t m = 0; m < rows; m += most) {
+                int height = (int)least(rows - m, most);
+                Tile run = add ? find_tile<true, true>(height, wide) : find_tile<true, false>(height, wide);
+                run(s->a + m, s->place, from + n * panel, panel, words, sums + m * ldc + n * 16, ldc, s->start + m);
+            }
+            n += wide;
         }
-        for (int n = 0; n < panels; n++) {
-            weave16(s->b + (n * words + k) * 16, line, FLIP);
-            for (int i = 0; i < G; i++) line[i] += 16;
-        }
-    }
-}
-
-static void starts_of(const uint32_t* a, int rows, int words, int32_t* start) {
-    for (int first = 0; first < rows; first += BLOCK_ROWS) {
-        const uint32_t* from = a + first * words;
-#ifdef GB_VNNI
-        __m512i sum[3] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
-        for (int k = 0; k < words; k++)
-            for (int v = 0; v < 3; v++)
-                sum[v] = _mm512_dpbusd_epi32(sum[v], _mm512_set1_epi8(1), _mm512_loadu_si512(from + k * 48 + v * 16));
-        for (int v = 0; v < 3; v++)
-            _mm512_storeu_si512(start + first + v * 16, _mm512_slli_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), sum[v]), 7));
-#else
-        (void)from;
-        __builtin_memset(start + first, 0, sizeof(int32_t) * BLOCK_ROWS);
-#endif
     }
 }
 
 static void columns_task(ColumnsJob* job, ColumnsSpace* s, int64_t task) {
     const ProductArgs* p = job->p;
-    int64_t split = task % job->splits;
-    task /= job->splits;
-    int64_t row = task % job->row_blocks * job->rows_each;
-    task /= job->row_blocks;
-    int64_t channel = task % job->channel_blocks * job->channels_each;
-    task /= job->channel_blocks;
-    int64_t tap = task % job->tap_blocks * job->taps_each;
-    int64_t group = task / job->tap_blocks;
-    int64_t last_channel = channel + job->channels_each, last_tap = tap + job->taps_each;
-    if (last_channel > p->channels) last_channel = p->channels;
-    if (last_tap > job->taps) last_tap = job->taps;
-    const Part part = part_of(p, tap, last_tap, channel, last_channel);
-    int rows = (int)(p->columns - row < job->rows_each ? p->columns - row : job->rows_each);
-    int64_t width = last_channel - channel;
-    int panels = (int)(((last_tap - tap) * width + 15) / 16);
-    int64_t ldc = panels * 16, first = split * job->pieces_each * DEPTH, last = first + job->pieces_each * DEPTH;
-    if (last > job->depth) last = job->depth;
-    bool add = false;
-    for (int64_t k = first; k < last; k += DEPTH, add = true) {
-        int codes = (int)(last - k < DEPTH ? last - k : DEPTH), words = (codes + G - 1) / G;
-        weave_patches(p, p->x + group * p->x_group, k, &part, codes, words, panels, s);
-        weave_rows(p, p->w + group * p->w_group + k * p->w_tap[0] + row, rows, codes, words, s->a);
-        starts_of(s->a, rows, words, s->start);
-        for (int m = 0; m < rows; m += BLOCK_ROWS) {
-            int height = rows - m < BLOCK_ROWS ? rows - m : BLOCK_ROWS;
-            block<WOVEN>(s->a + m * words, s->b, words * 16, height, panels, words, s->sums + m * ldc, ldc,
-                         s->start + m, add);
-        }
+    int64_t split = task % job->splits, rest = task / job->splits;
+    int64_t row = rest % job->row_parts * job->rows_each;
+    rest /= job->row_parts;
+    int64_t channel = rest % job->channel_parts * job->channels_each, group = rest / job->channel_parts;
+    int64_t rows = least(p->columns - row, job->rows_each), width = least(p->channels - channel, job->channels_each);
+    int64_t ldc = parts_of(width, 16) * 16, first = split * job->blocks_each;
+    int64_t last = least(first + job->blocks_each, job->blocks.all);
+    for (int64_t i = first; i < last; i++) {
+        const Block k = block_at(p, &job->blocks, i);
+        columns_block(job, s, &k, group, row, rows, channel, width, i > first);
     }
-    if (!add) __builtin_memset(s->sums, 0, sizeof(int32_t) * rows * ldc);
+    if (first >= last) __builtin_memset(s->sums, 0, sizeof(int32_t) * (size_t)(job->taps * rows * ldc));
     if (job->total) hold(&job->lock);
-    for (int m = 0; m < rows; m++)
-        for (int64_t t = tap; t < last_tap; t++) {
-            const int32_t* sums = s->sums + m * ldc + (t - tap) * width;
+    for (int64_t t = 0; t < job->taps; t++)
+        for (int64_t m = 0; m < rows; m++) {
+            const int32_t* sums = s->sums + (t * rows + m) * ldc;
             if (job->total) {
                 int64_t* to = job->total + ((group * p->columns + row + m) * job->taps + t) * p->channels + channel;
                 for (int64_t j = 0; j < width; j++) to[j] += sums[j];
             } else {
-                finish_span(p, sums, width, group, row + m, t, channel);
+                const Where where = {group * p->r_group + (row + m) * p->r_sample + t * p->r_position, row + m, t};
+                finish(p, sums, ldc, 1, width, &where, group, channel, job->how | UNIFORM);
             }
         }
     if (job->total) release(&job->lock);
@@ -126,21 +117,25 @@ static void columns_task(ColumnsJob* job, ColumnsSpace* s, int64_t task) {
 
 static void columns_body(void* data) {
     ColumnsJob* job = (ColumnsJob*)data;
-    const int64_t a = MOST_ROWS * (DEPTH / G), panels = MOST_COLUMNS / 16 + 1, b = panels * 16 * (DEPTH / G);
-    const int64_t sums = MOST_ROWS * panels * 16;
-    char* memory = (char*)__builtin_malloc((size_t)(4 * (a + b + sums + MOST_ROWS) + G * LINE + 64));
+    const Blocks* b = &job->blocks;
+    const int64_t panels = parts_of(job->channels_each, 16), words = b->n1 * b->samples * job->words;
+    const int64_t a = words * odd_lines(job->rows_each) + 16;
+    const int64_t patches = panels * job->copies * b->planes * b->slots * b->samples * job->words * 16;
+    const int64_t sums = job->taps * job->rows_each * panels * 16;
+    uint32_t* memory = (uint32_t*)__builtin_malloc((size_t)(4 * (a + patches + sums + words + job->rows_each + 16)));
     if (!memory) {
         __atomic_store_n(&job->failed, 1, __ATOMIC_RELAXED);
         return;
     }
     ColumnsSpace s;
-    s.a = (uint32_t*)memory;
+    s.a = memory;
     s.b = s.a + a;
-    s.sums = (int32_t*)(s.b + b);
-    s.start = s.sums + sums;
-    s.lines = (int8_t*)(s.start + MOST_ROWS);
-    __builtin_memset(s.lines, 0, G * LINE + 64);
+    s.sums = (int32_t*)(s.b + patches);
+    s.place = s.sums + sums;
+    s.start = s.place + words;
+    __builtin_memset(s.a, 0, sizeof(uint32_t) * (size_t)a);
     for (int64_t task; (task = gb_take(&job->next)) < job->tasks;) columns_task(job, &s, task);
+    flush();
     __builtin_free(memory);
 }
 
@@ -148,41 +143,56 @@ static void total_body(void* data) {
     ColumnsJob* job = (ColumnsJob*)data;
     const ProductArgs* p = job->p;
     for (int64_t task; (task = gb_take(&job->next)) < p->groups * p->columns;)
-        for (int64_t tap = 0; tap < job->taps; tap++)
-            finish_span(p, job->total + (task * job->taps + tap) * p->channels, p->channels, task / p->columns,
-                        task % p->columns, tap, 0);
+        for (int64_t t = 0; t < job->taps; t++) {
+            int64_t group = task / p->columns, row = task % p->columns;
+            const Where where = {group * p->r_group + row * p->r_sample + t * p->r_position, row, t};
+            finish(p, job->total + (task * job->taps + t) * p->channels, p->channels, 1, p->channels, &where, group, 0,
+                   job->how | UNIFORM);
+        }
 }
 
 // Divide `all` into equal parts of at most `most`, each a multiple of `unit`; returns the size of a part.
 static int64_t share(int64_t all, int64_t most, int64_t unit) {
-    int64_t parts = (all + most - 1) / most, each = parts ? (all + parts - 1) / parts : 1;
-    return (each + unit - 1) / unit * unit;
+    int64_t each = parts_of(all, parts_of(all, most));
+    return parts_of(each, unit) * unit;
+}
+
+static void size_columns(ColumnsJob* job) {
+    const ProductArgs* p = job->p;
+    Blocks* b = &job->blocks;
+    job->rows_each = share(p->columns, MOST_COLUMNS, p->columns > MOST_COLUMNS ? MOST_ROWS : 1);
+    int64_t most = MOST_SUMS / (job->rows_each * job->taps) / 16 * 16;
+    job->channels_each = p->channels <= most ? p->channels : share(p->channels, most < 16 ? 16 : most, 16);
+    job->row_parts = parts_of(p->columns, job->rows_each);
+    job->channel_parts = parts_of(p->channels, job->channels_each);
+    b->n1 = b->n2 = b->samples = b->slots = b->planes = job->words = 1;
+    if (p->samples * volume(p->count) > 0) {
+        b->n2 = least(p->count[2], WORDS * G);
+        job->words = parts_of(b->n2, G);
+        b->n1 = least(p->count[1], parts_of(WORDS, job->words));
+        b->samples = parts_of(WORDS, job->words * b->n1);
+        divide(p, b);
+    }
+    int64_t parts = p->groups * job->row_parts * job->channel_parts, wanted = p->threads > 1 ? 4 * p->threads : 1;
+    int64_t safe = INT32_TERMS / (b->n1 * b->n2 * b->samples);  // blocks whose sums fit in int32
+    job->splits = least(parts_of(wanted, parts), b->all);
+    job->blocks_each = job->splits > 0 ? parts_of(b->all, job->splits) : 1;
+    if (job->blocks_each > safe) job->blocks_each = safe;
+    job->splits = b->all > 0 ? parts_of(b->all, job->blocks_each) : 1;
+    job->tasks = parts * job->splits;
 }
 
 static int columns(const ProductArgs* p) {
     ColumnsJob job = {};
     job.p = p;
-    job.depth = p->samples * volume(p->count);
     job.taps = volume(p->taps);
-    if (p->groups * p->columns * job.taps * p->channels == 0) return GB_OK;
-    job.rows_each = share(p->columns, MOST_ROWS, BLOCK_ROWS);
-    job.channels_each = p->channels > MOST_COLUMNS ? share(p->channels, MOST_COLUMNS, 16) : p->channels;
-    job.taps_each = p->channels > MOST_COLUMNS ? 1 : share(job.taps, MOST_COLUMNS / p->channels, 1);
-    job.row_blocks = (p->columns + job.rows_each - 1) / job.rows_each;
-    job.channel_blocks = (p->channels + job.channels_each - 1) / job.channels_each;
-    job.tap_blocks = (job.taps + job.taps_each - 1) / job.taps_each;
-    int64_t blocks = p->groups * job.row_blocks * job.channel_blocks * job.tap_blocks;
-    int64_t pieces = (job.depth + DEPTH - 1) / DEPTH, wanted = p->threads > 1 ? 4 * p->threads : 1;
-    job.splits = (wanted + blocks - 1) / blocks;
-    if (job.splits > pieces) job.splits = pieces;
-    if (job.splits < 1) job.splits = 1;
-    job.pieces_each = (pieces + job.splits - 1) / job.splits;
-    if (job.pieces_each > SAFE / DEPTH) job.pieces_each = SAFE / DEPTH;
-    if (job.pieces_each < 1) job.pieces_each = 1;
-    job.splits = pieces ? (pieces + job.pieces_each - 1) / job.pieces_each : 1;
-    job.tasks = blocks * job.splits;
+    job.copies = p->taps[0] * p->taps[2];
+    const int64_t sums = p->groups * p->columns * job.taps * p->channels;
+    if (sums == 0) return GB_OK;
+    job.how = ways(p, sums);
+    size_columns(&job);
     if (job.splits > 1) {
-        job.total = (int64_t*)__builtin_calloc((size_t)(p->groups * p->columns * job.taps * p->channels), 8);
+        job.total = (int64_t*)__builtin_calloc((size_t)sums + 16, 8);
         if (!job.total) return GB_NO_MEMORY;
     }
     gb_parallel(job.tasks > 1 ? p->threads : 1, columns_body, &job);

@@ -1,17 +1,42 @@
-// Exact sums to floats: fl(sum) * scale + terms, one rounding per operation, then the cast.
+// Exact sums to floats: fl(sum) * scale + terms, one rounding per operation, then the cast, then to where they belong.
 
-GB_INLINE const float* at(const Operand* o, int64_t group, int64_t sample, int64_t position, int64_t channel) {
-    return o->values + group * o->group + sample * o->sample + position * o->position + channel * o->channel;
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Words __attribute__((vector_size(64)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef int64_t Longs __attribute__((vector_size(128)));
+
+// Where a row of sums belongs: its offset in the result, and what the strides of operands are multiplied with.
+struct Where {
+    int64_t to, sample, position;
+};
+
+GB_INLINE Floats floats_of(const int32_t* from) {
+    Words words;
+    __builtin_memcpy(&words, from, sizeof words);
+    return __builtin_convertvector(words, Floats);
 }
 
-template <bool TIMES>
-GB_INLINE void combine(float* y, int n, const float* v, int64_t step) {
-    if (step == 0) {
-        float value = *v;
-        for (int i = 0; i < n; i++) y[i] = TIMES ? y[i] * value : y[i] + value;
-    } else {
-        for (int i = 0; i < n; i++) y[i] = TIMES ? y[i] * v[i] : y[i] + v[i];
+GB_INLINE Floats floats_of(const int64_t* from) {
+    Longs longs;
+    __builtin_memcpy(&longs, from, sizeof longs);
+    return __builtin_convertvector(longs, Floats);
+}
+
+// Up to 16 channels of an operand.
+GB_INLINE Floats operand_at(const Operand* o, int64_t group, const Where* w, int64_t channel, int n) {
+    const float* from = o->values + group * o->group + w->sample * o->sample + w->position * o->position;
+    Floats v;
+    if (o->channel == 0) return *from - (Floats){};
+    from += channel * o->channel;
+    if (n == 16 && o->channel == 1) {
+        __builtin_memcpy(&v, from, sizeof v);
+        return v;
     }
+    float some[16] = {0};
+    for (int i = 0; i < n; i++) some[i] = from[i * o->channel];
+    __builtin_memcpy(&v, some, sizeof v);
+    return v;
 }
 
 GB_INLINE uint16_t to_bf16(float value) {
@@ -21,46 +46,129 @@ GB_INLINE uint16_t to_bf16(float value) {
     return (uint16_t)(value != value ? 0x7fc0u : rounded);
 }
 
-GB_INLINE bool dense_channels(const ProductArgs* p) {
-    bool yes = p->r_channel == 1 && (uint64_t)p->epilogue.scale.channel <= 1;
-    for (int t = 0; t < p->epilogue.count; t++) yes = yes && (uint64_t)p->epilogue.terms[t].channel <= 1;
-    return yes;
+GB_INLINE Halves to_bf16(Floats y) {
+    Bits bits, odd = (Bits)(y != y);
+    __builtin_memcpy(&bits, &y, sizeof bits);
+    bits = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    return __builtin_convertvector((odd & 0x7fc0u) | (~odd & bits), Halves);
 }
 
-// Sixteen channels at once: loops of this length become one instruction.
-template <class S>
-GB_INLINE void finish16(const ProductArgs* p, const S* sum, int64_t to, int64_t group, int64_t sample, int64_t position,
-                        int64_t channel) {
+// What finish need not find out again: UNIFORM, every position takes the same scale and terms; STREAM, the result is
+// too large for the caches, so that reading its lines before they are overwritten would be in vain.
+enum { UNIFORM = 1, STREAM = 2 };
+
+static int ways(const ProductArgs* p, int64_t elements) {
     const Epilogue* e = &p->epilogue;
-    float y[16];
-    for (int i = 0; i < 16; i++) y[i] = (float)sum[i];
-    combine<true>(y, 16, at(&e->scale, group, sample, position, channel), e->scale.channel);
-    for (int t = 0; t < e->count; t++)
-        combine<false>(y, 16, at(&e->terms[t], group, sample, position, channel), e->terms[t].channel);
-    if (e->dtype == GB_FLOAT32) {
-        __builtin_memcpy((float*)p->result + to, y, sizeof y);
+    bool uniform = e->scale.sample == 0 && e->scale.position == 0;
+    for (int t = 0; t < e->count; t++) uniform = uniform && e->terms[t].sample == 0 && e->terms[t].position == 0;
+    return (uniform ? UNIFORM : 0) | (elements > (1 << 20) ? STREAM : 0);
+}
+
+// Makes streamed stores visible to other threads.
+GB_INLINE void flush() {
+#ifdef GB_VNNI
+    _mm_sfence();
+#endif
+}
+
+// n floats to the result, `step` apart.
+GB_INLINE void put_floats(const ProductArgs* p, int64_t to, int64_t step, Floats y, int n, int how) {
+    if (p->epilogue.dtype == GB_FLOAT32) {
+        float* at = (float*)p->result + to;
+        if (step == 1 && n == 16) {
+#ifdef GB_VNNI
+            if ((how & STREAM) && ((uintptr_t)at & 63) == 0) {
+                _mm512_stream_ps(at, (__m512)y);
+                return;
+            }
+#endif
+            __builtin_memcpy(at, &y, sizeof y);
+            return;
+        }
+#ifdef GB_VNNI
+        if (step == 1) {
+            _mm512_mask_storeu_ps(at, (__mmask16)((1u << n) - 1), (__m512)y);
+            return;
+        }
+#endif
+        for (int i = 0; i < n; i++) at[i * step] = y[i];
     } else {
-        uint16_t narrow[16];
-        for (int i = 0; i < 16; i++) narrow[i] = to_bf16(y[i]);
-        __builtin_memcpy((uint16_t*)p->result + to, narrow, sizeof narrow);
+        uint16_t* at = (uint16_t*)p->result + to;
+        Halves half = to_bf16(y);
+        if (step == 1 && n == 16)
+            __builtin_memcpy(at, &half, sizeof half);
+        else
+            for (int i = 0; i < n; i++) at[i * step] = half[i];
+    }
+    (void)how;
+}
+
+// Turn 16 rows of 16 floats.
+GB_INLINE void turn(const Floats* from, Floats* to) {
+#ifdef GB_VNNI
+    __m512 a[16], b[16];
+    GB_UNROLL for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_ps((__m512)from[i], (__m512)from[i + 1]);
+        a[i + 1] = _mm512_unpackhi_ps((__m512)from[i], (__m512)from[i + 1]);
+    }
+    GB_UNROLL for (int i = 0; i < 16; i += 4)
+        GB_UNROLL for (int j = 0; j < 2; j++) {
+            __m512d low = (__m512d)a[i + j], high = (__m512d)a[i + j + 2];
+            b[i + 2 * j] = (__m512)_mm512_unpacklo_pd(low, high);
+            b[i + 2 * j + 1] = (__m512)_mm512_unpackhi_pd(low, high);
+        }
+    GB_UNROLL for (int i = 0; i < 16; i += 8)
+        GB_UNROLL for (int j = 0; j < 4; j++) {
+            a[i + j] = _mm512_shuffle_f32x4(b[i + j], b[i + j + 4], 0x88);
+            a[i + j + 4] = _mm512_shuffle_f32x4(b[i + j], b[i + j + 4], 0xdd);
+        }
+    GB_UNROLL for (int j = 0; j < 8; j++) {
+        to[j] = (Floats)_mm512_shuffle_f32x4(a[j], a[j + 8], 0x88);
+        to[j + 8] = (Floats)_mm512_shuffle_f32x4(a[j], a[j + 8], 0xdd);
+    }
+#else
+    for (int i = 0; i < 16; i++)
+        for (int j = 0; j < 16; j++) to[j][i] = from[i][j];
+#endif
+}
+
+// Rows of 16 channels, of which `n` count, to a result whose positions are adjacent: turned by blocks of 16 by 16.
+static void put_turned(const ProductArgs* p, const Floats* y, int rows, const Where* where, int64_t to, int n, int how) {
+    for (int first = 0; first < rows;) {
+        int run = 1;
+        while (run < 16 && first + run < rows && where[first + run].to == where[first].to + run) run++;
+        Floats turned[16];
+        turn(y + first, turned);
+        for (int j = 0; j < n; j++) put_floats(p, where[first].to + to + j * p->r_channel, 1, turned[j], run, how);
+        first += run;
     }
 }
 
-// Finish n adjacent channels of one position; S is int32_t or int64_t.
+// Finish `rows` rows of `width` adjacent channels from `channel` on; S is int32_t or int64_t. Sums are read by 16.
 template <class S>
-static void finish_span(const ProductArgs* p, const S* sum, int64_t n, int64_t group, int64_t sample, int64_t position,
-                        int64_t channel) {
+static void finish(const ProductArgs* p, const S* sums, int64_t pitch, int rows, int64_t width, const Where* where,
+                   int64_t group, int64_t channel, int how) {
     const Epilogue* e = &p->epilogue;
-    int64_t to = group * p->r_group + sample * p->r_sample + position * p->r_position + channel * p->r_channel, i = 0;
-    if (dense_channels(p))
-        for (; i + 16 <= n; i += 16) finish16(p, sum + i, to + i, group, sample, position, channel + i);
-    for (; i < n; i++) {
-        float y = (float)sum[i];
-        y *= *at(&e->scale, group, sample, position, channel + i);
-        for (int t = 0; t < e->count; t++) y += *at(&e->terms[t], group, sample, position, channel + i);
-        if (e->dtype == GB_FLOAT32)
-            ((float*)p->result)[to + i * p->r_channel] = y;
-        else
-            ((uint16_t*)p->result)[to + i * p->r_channel] = to_bf16(y);
+    const int count = e->count;
+    for (int64_t v = 0; v < width; v += 16) {
+        const int n = (int)(width - v < 16 ? width - v : 16);
+        const int64_t to = (channel + v) * p->r_channel;
+        Floats kept[MOST_ROWS + 16], term[GB_TERMS], scale = operand_at(&e->scale, group, where, channel + v, n);
+        for (int t = 0; t < count; t++) term[t] = operand_at(&e->terms[t], group, where, channel + v, n);
+        const bool turned = p->r_channel != 1 && rows > 1;
+        for (int m = 0; m < rows; m++) {
+            Floats y = floats_of(sums + m * pitch + v);
+            if (!(how & UNIFORM) && m) {
+                scale = operand_at(&e->scale, group, where + m, channel + v, n);
+                for (int t = 0; t < count; t++) term[t] = operand_at(&e->terms[t], group, where + m, channel + v, n);
+            }
+            y *= scale;
+            for (int t = 0; t < count; t++) y += term[t];
+            if (turned)
+                kept[m] = y;
+            else
+                put_floats(p, where[m].to + to, p->r_channel, y, n, how);
+        }
+        if (turned) put_turned(p, kept, rows, where, to, n, how);
     }
 }

@@ -49,8 +49,13 @@ class Library:
         Raises:
             MemoryError: no room for its work space.
         """
-        if getattr(self.handle, function)(self.level, ctypes.byref(args)):
+        if self.status(function, args):
             raise MemoryError(f"native kernel {function}: no memory for its work space")
+
+    def status(self, function: str, args: ctypes.Structure) -> int:
+        """Call kernel ``function`` and return what it returned: 0 where all is well."""
+        status: int = getattr(self.handle, function)(self.level, ctypes.byref(args))
+        return status
 
 
 def source_stamp() -> str | None:

@@ -47,7 +47,8 @@ struct Epilogue {
     int32_t count, dtype;  // terms in use; dtype of the result
 };
 
-// Sums over patches of x [samples, 3 axes, channels]; a matrix product has one tap and one position a sample.
+// Sums over patches of x [samples, channels, 3 axes]; a matrix product has one sample and one tap. At most 131071 terms
+// in a sum of the first; the second takes any number.
 // `output` and `grad_input`: result[group, sample, position, n] = sum over taps and c of x[patch] * w[group, n, tap, c].
 // `grad_weight`: result[group, n, tap, c] = sum over samples and positions of w[sample, position, group, n] * x[patch].
 struct ProductArgs {
@@ -56,8 +57,8 @@ struct ProductArgs {
     int64_t groups, samples, channels, columns;      // channels and columns are those of one group
     int64_t size[3], count[3], taps[3];              // of the input, of the positions, of the kernel
     int64_t stride[3], padding[3], dilation[3];      // padding is that at the low end, negative: cropping
-    int64_t x_group, x_sample, x_axis[3];            // strides of x; its channels are adjacent
-    int64_t w_group, w_column, w_channel, w_tap[3];  // strides of w; for grad_weight w_column is 1, w_tap[0] the row's
+    int64_t x_group, x_sample, x_channel, x_axis[3];
+    int64_t w_group, w_column, w_channel, w_tap[3];  // for grad_weight w_channel is the samples', w_tap the positions'
     int64_t r_group, r_sample, r_position, r_channel;  // strides of the result
     int64_t first, step[3];                            // index of a position: first + sum of its coordinates * step
     Epilogue epilogue;
@@ -72,6 +73,26 @@ struct PackArgs {
     int32_t width, threads;
 };
 
+// Codes [outer, count, inner] in memory order, summed over `count` of them.
+struct SumsArgs {
+    const int8_t* x;
+    int32_t* sums;  // [outer, inner]
+    int64_t outer, count, inner;
+    int32_t threads;
+};
+
+// Batch norm with shortcut and ReLU on `total` values in rows of `lanes`; parameters hold `lanes` entries.
+struct NormArgs {
+    const void *x, *other, *g;  // its input, the shortcut or null, the gradient of the result
+    void *y, *rest;             // result, or gradient of x; gradient of the shortcut or null
+    uint8_t* mask;              // which results are positive, or null where no ReLU follows
+    const float *scale, *shift, *offset, *slope;
+    float* sums;  // [tasks, 2, lanes]
+    int64_t total, lanes, size;  // `size`: rows of one task
+    int32_t dtype, kind, threads;
+};
+enum { GB_NORM_SUMS = 0, GB_NORM_FORWARD = 1, GB_NORM_BACKWARD = 2 };
+
 struct Kernels {
     const char* name;
     int (*quantize)(const QuantizeArgs*);
@@ -80,6 +101,8 @@ struct Kernels {
     int (*columns)(const ProductArgs*);
     int (*pack)(const PackArgs*);
     int (*unpack)(const PackArgs*);
+    int (*sums)(const SumsArgs*);
+    int (*norm)(const NormArgs*);
 };
 
 extern const Kernels gb_avx512, gb_avx2, gb_portable;

@@ -5,4 +5,4 @@
 #define GB_ISA portable
 #include "bodies.inl"
 const Kernels gb_portable = {"portable", portable::quantize, portable::range, portable::rows, portable::columns,
-                            portable::pack, portable::unpack};
+                            portable::pack, portable::unpack, portable::sums, portable::norm};

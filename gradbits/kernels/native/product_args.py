@@ -56,6 +56,7 @@ class ProductArgs(ctypes.Structure):
         ("dilation", Triple),
         ("x_group", ctypes.c_int64),
         ("x_sample", ctypes.c_int64),
+        ("x_channel", ctypes.c_int64),
         ("x_axis", Triple),
         ("w_group", ctypes.c_int64),
         ("w_column", ctypes.c_int64),
@@ -87,18 +88,18 @@ class Result:
     """The tensor that a product writes, and its epilogue in the terms of native.h.
 
     Args:
-        shape: of the result; axes are (sample, channel, positions...) or, with ``batched``, (group, sample, channel).
+        shape: of the result; axes are (sample, channel, positions...), or (group, ``matrix``, channel).
         epilogue: what follows the sums.
         groups: groups along the axis ``group_axis``.
-        group_axis: 0 or 1; ignored with ``batched``.
-        batched: whether groups have an axis of their own.
+        group_axis: 0 or 1; ignored for matrices.
+        matrix: for a batch of matrices, what their rows are: ``"position"`` or ``"sample"``.
     """
 
     def __init__(
-        self, shape: Sequence[int], epilogue: Epilogue, groups: int = 1, group_axis: int = 1, batched: bool = False
+        self, shape: Sequence[int], epilogue: Epilogue, groups: int = 1, group_axis: int = 1, matrix: str = ""
     ) -> None:
-        self.shape, self.batched, self.group_axis = tuple(shape), batched, group_axis
-        self.per_group = 0 if batched else self.shape[group_axis] // max(groups, 1)
+        self.shape, self.matrix, self.group_axis = tuple(shape), matrix, group_axis
+        self.per_group = 0 if matrix else self.shape[group_axis] // max(groups, 1)
         self.keep: list[torch.Tensor] = []
         self.epilogue = epilogue
 
@@ -135,8 +136,8 @@ class Result:
     def _strides(self, t: torch.Tensor) -> tuple[int, int, int, int] | None:
         """Return the strides along group, sample, position and channel, or None where positions have no one stride."""
         s = t.stride()
-        if self.batched:
-            return s[0], s[1], 0, s[2]
+        if self.matrix:
+            return (s[0], 0, s[1], s[2]) if self.matrix == "position" else (s[0], s[1], 0, s[2])
         position, reach = 0, 0
         for n, stride in zip(reversed(t.shape[2:]), reversed(s[2:]), strict=True):
             if n == 1:

@@ -6,30 +6,13 @@ import math
 
 import torch
 
-from gradbits.kernels import onednn, reference
-from gradbits.kernels.dispatch import Epilogue, Request
-from gradbits.kernels.geometry import ConvGeometry, channels_first, channels_last, grad_input_phases
+from gradbits.kernels import reference
+from gradbits.kernels.dispatch import INT32_TERMS, Epilogue
+from gradbits.kernels.geometry import ConvGeometry, channels_first, grad_input_phases, terms_of
 from gradbits.kernels.native import library
 from gradbits.kernels.native.product_args import TERMS, ProductArgs, Result, plain_args, triple
 
-THIN = 256  # sums of fewer products leave registers idle
-DEEP = 1024  # sums of so many products are as fast here as anywhere
-WIDE = 1 << 23  # bytes of patches beyond which PyTorch's kernel wins back the time it takes to prepare
 NARROW = 16  # groups of fewer channels are merged until they fill a register
-
-
-def conv_why_not(request: Request) -> str | None:
-    """Return why a convolution's ``output`` or ``grad_input`` should not be computed here, or None.
-
-    Measured: PyTorch's kernel is faster for groups, for few channels, and for large images of moderately many; this
-    one for small images, many channels and strided ``grad_input``, which is several calls there.
-    """
-    if request.terms == 0 or onednn.why_not(request) is not None:
-        return None
-    large = request.terms < DEEP and (request.patch_bytes or 0) > WIDE
-    if request.groups > 1 or request.terms < THIN or large:
-        return "onednn.qconv2d_pointwise was measured to be faster for such channels and images"
-    return None
 
 
 def _fits(epilogue: Epilogue) -> bool:
@@ -37,42 +20,31 @@ def _fits(epilogue: Epilogue) -> bool:
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
-    """Return the product of codes ``a`` [..., M, K] and ``b`` [..., K, N]; leading axes are equal.
-
-    A single matrix goes through ``torch._int_mm`` where that is exact: it was measured to be as fast or faster, its
-    epilogue included. Batches, and processors without int8 dot products, go through the library.
-    """
-    if not _fits(epilogue) or (a.dim() == 2 and reference.int_mm_is_exact("cpu")):
-        return reference.matmul(a, b, epilogue)
-    return own_matmul(a, b, epilogue)
-
-
-def own_matmul(a: torch.Tensor, b: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
-    """Return ``matmul`` by the library alone."""
+    """Return the product of codes ``a`` [..., M, K] and ``b`` [..., K, N]; leading axes are equal."""
     lead, (m, k), n = a.shape[:-2], a.shape[-2:], b.shape[-1]
+    by_sums = a.stride(-1) != 1 and a.stride(-2) == 1 and m > 1  # a is transposed, as in grad_weight: sums over rows
+    if not _fits(epilogue) or (k > INT32_TERMS and not by_sums):
+        return reference.matmul(a, b, epilogue)
     batch = math.prod(lead)
     if len(lead) != 1:
         a, b = a.reshape(batch, m, k), b.reshape(batch, k, n)
         epilogue = _batched(epilogue, (batch, m, n), (*lead, m, n))
-    y = torch.empty(batch, m, n, dtype=_stored(epilogue))
-    args = plain_args()
-    args.groups = batch
-    if a.stride(2) != 1 and a.stride(1) == 1 and m > 1:  # a is transposed, as in grad_weight: sums over rows
-        b = b if b.stride(2) == 1 else b.contiguous()
-        args.x, args.w, args.samples, args.channels, args.columns = b.data_ptr(), a.data_ptr(), k, n, m
-        args.x_group, args.x_sample = b.stride(0), b.stride(1)
-        args.w_group, args.w_column, args.w_tap = a.stride(0), 1, triple((a.stride(2), 0, 0), 0)
-        function = "gradbits_columns"
+    y, args, lib = torch.empty(batch, m, n, dtype=_stored(epilogue)), plain_args(), library.loaded()
+    args.groups, args.samples = batch, 1
+    if by_sums:
+        args.x, args.w, args.channels, args.columns = b.data_ptr(), a.data_ptr(), n, m
+        args.count = args.size = triple((k,), 1)
+        args.x_group, args.x_channel, args.x_axis = b.stride(0), b.stride(2), triple((b.stride(1),), 0)
+        args.w_group, args.w_column, args.w_tap = a.stride(0), a.stride(1), triple((a.stride(2),), 0)
     else:
-        a = a if a.stride(2) == 1 else a.contiguous()
-        args.x, args.w, args.samples, args.channels, args.columns = a.data_ptr(), b.data_ptr(), m, k, n
-        args.x_group, args.x_sample = a.stride(0), a.stride(1)
+        args.x, args.w, args.channels, args.columns = a.data_ptr(), b.data_ptr(), k, n
+        args.count = args.size = triple((m,), 1)
+        args.x_group, args.x_channel, args.x_axis = a.stride(0), a.stride(2), triple((a.stride(1),), 0)
         args.w_group, args.w_column, args.w_channel = b.stride(0), b.stride(2), b.stride(1)
-        function = "gradbits_rows"
-    lib = library.loaded()
-    result = Result(y.shape, epilogue, batched=True)
+        args.step = triple((1,), 0)
+    result = Result(y.shape, epilogue, matrix="sample" if by_sums else "position")
     result.fill(args, y, lib)
-    lib.call(function, args)
+    lib.call("gradbits_columns" if by_sums else "gradbits_rows", args)
     return y.reshape(*lead, m, n).to(epilogue.dtype)
 
 
@@ -89,13 +61,21 @@ def _batched(epilogue: Epilogue, flat: tuple[int, ...], full: tuple[int, ...]) -
 
 
 def _conv_args(x: torch.Tensor, g: ConvGeometry, groups: int, channels: int) -> ProductArgs:
-    """Return arguments for patches of channels-last codes ``x`` [N, *spatial, C]."""
+    """Return arguments for patches of codes ``x`` [N, C, *spatial] in any memory order."""
     args = plain_args()
     args.x, args.samples, args.channels, args.groups = x.data_ptr(), x.shape[0], channels, groups
-    args.x_group, args.x_sample, args.x_axis = channels, x.stride(0), triple(x.stride()[1:-1], 0)
-    args.size, args.count, args.taps = triple(x.shape[1:-1], 1), triple(g.output_size, 1), triple(g.kernel_size, 1)
+    s = x.stride()
+    args.x_group, args.x_sample, args.x_channel, args.x_axis = channels * s[1], s[0], s[1], triple(s[2:], 0)
+    args.size, args.count, args.taps = triple(x.shape[2:], 1), triple(g.output_size, 1), triple(g.kernel_size, 1)
     args.stride, args.padding, args.dilation = triple(g.stride, 1), triple(g.padding, 0), triple(g.dilation, 1)
     return args
+
+
+def _empty_like_order(shape: tuple[int, ...], dtype: torch.dtype, *codes: torch.Tensor) -> torch.Tensor:
+    """Return room for a result: channels last where an operand's memory is in that order, else contiguous."""
+    if any(not t.is_contiguous() and t.movedim(1, -1).is_contiguous() for t in codes):
+        return channels_first(torch.empty(shape[0], *shape[2:], shape[1], dtype=dtype))
+    return torch.empty(shape, dtype=dtype)
 
 
 def _merged(groups: int, channels: int) -> int:
@@ -120,19 +100,17 @@ def _strides_of(sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 def conv_output(x: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry, epilogue: Epilogue) -> torch.Tensor:
     """Return the convolution of codes ``x`` [N, Ci, *] and ``w`` [Co, Ci/groups, *]."""
-    if not _fits(epilogue):
+    if not _fits(epilogue) or terms_of("conv_output", geometry, 1, w.shape) > INT32_TERMS:
         return reference.conv_output(x, w, geometry, epilogue)
     g, lib = geometry, library.loaded()
     merged = _merged(g.groups, w.shape[1])
+    out = _empty_like_order((x.shape[0], w.shape[0], *g.output_size), _stored(epilogue), x, w)
     groups, w = g.groups // merged, _dense(w, g.groups, merged)
-    rows, columns = channels_last(x), w.shape[0] // groups
-    y = torch.empty(x.shape[0], *g.output_size, w.shape[0], dtype=_stored(epilogue))
-    args = _conv_args(rows, g, groups, w.shape[1])
-    s = w.stride()
+    args = _conv_args(x, g, groups, w.shape[1])
+    s, columns = w.stride(), w.shape[0] // groups
     args.w, args.columns = w.data_ptr(), columns
     args.w_group, args.w_column, args.w_channel, args.w_tap = columns * s[0], s[0], s[1], triple(s[2:], 0)
     args.step = triple(_strides_of(g.output_size), 0)
-    out = channels_first(y)
     result = Result(out.shape, epilogue, groups)
     result.fill(args, out, lib)
     lib.call("gradbits_rows", args)
@@ -141,16 +119,16 @@ def conv_output(x: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry, epilog
 
 def conv_grad_input(grad: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry, epilogue: Epilogue) -> torch.Tensor:
     """Return the gradient of the input from codes ``grad`` [N, Co, *] and ``w`` [Co, Ci/groups, *]."""
-    if not _fits(epilogue):
+    if not _fits(epilogue) or terms_of("conv_grad_input", geometry, 1, w.shape) > INT32_TERMS:
         return reference.conv_grad_input(grad, w, geometry, epilogue)
     g, lib = geometry, library.loaded()
     merged = _merged(g.groups, w.shape[0] // g.groups)
+    shape = (grad.shape[0], w.shape[1] * g.groups, *g.input_size)
+    out = _empty_like_order(shape, _stored(epilogue), grad, w)
     groups, w = g.groups // merged, _dense(w, g.groups, merged)
-    rows, s, channels = channels_last(grad), w.stride(), w.shape[0] // groups
-    y = torch.empty(grad.shape[0], *g.input_size, w.shape[1] * groups, dtype=_stored(epilogue))
-    out = channels_first(y)
+    s, channels = w.stride(), w.shape[0] // groups
     result = Result(out.shape, epilogue, groups)
-    args = _conv_args(rows, g, groups, channels)
+    args = _conv_args(grad, g, groups, channels)
     args.columns, args.w_column, args.w_channel, args.w_group = w.shape[1], s[1], s[0], channels * s[0]
     args.stride = triple((), 1)
     result.fill(args, out, lib)
@@ -183,7 +161,7 @@ def conv_grad_weight(grad: torch.Tensor, x: torch.Tensor, geometry: ConvGeometry
     if merged > 1:
         co, taps = grad.shape[1] // g.groups, math.prod(g.kernel_size)
         dense = _grad_weight(grad, x, g, g.groups // merged, Epilogue(torch.ones(())))
-        parts = dense.view(g.groups // merged, merged, co, merged, ci, taps).diagonal(dim1=1, dim2=3)
+        parts = dense.contiguous().view(g.groups // merged, merged, co, merged, ci, taps).diagonal(dim1=1, dim2=3)
         sums = parts.permute(0, 4, 1, 2, 3).reshape(g.groups * co, ci, *g.kernel_size)
         return epilogue.apply_(sums)
     if not _fits(epilogue):
@@ -192,12 +170,12 @@ def conv_grad_weight(grad: torch.Tensor, x: torch.Tensor, geometry: ConvGeometry
 
 
 def _grad_weight(grad: torch.Tensor, x: torch.Tensor, g: ConvGeometry, groups: int, e: Epilogue) -> torch.Tensor:
-    lib, rows, g_rows = library.loaded(), channels_last(x), channels_last(grad)
+    lib, s = library.loaded(), grad.stride()
     channels, columns = x.shape[1] // groups, grad.shape[1] // groups
-    y = torch.empty(grad.shape[1], channels, *g.kernel_size, dtype=_stored(e))
-    args = _conv_args(rows, g, groups, channels)
-    args.w, args.columns = g_rows.data_ptr(), columns
-    args.w_group, args.w_column, args.w_tap = columns, 1, triple((grad.shape[1], 0, 0), 0)
+    y = _empty_like_order((grad.shape[1], channels, *g.kernel_size), _stored(e), grad, x)
+    args = _conv_args(x, g, groups, channels)
+    args.w, args.columns = grad.data_ptr(), columns
+    args.w_group, args.w_column, args.w_channel, args.w_tap = columns * s[1], s[1], s[0], triple(s[2:], 0)
     result = Result(y.shape, e, groups, group_axis=0)
     result.fill(args, y, lib)
     lib.call("gradbits_columns", args)

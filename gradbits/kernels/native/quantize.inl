@@ -7,12 +7,6 @@ static const int64_t TASK = 1 << 15;
 struct Bf16 { uint16_t bits; };
 struct Fp16 { uint16_t bits; };
 
-GB_INLINE float as_float(uint32_t bits) {
-    float value;
-    __builtin_memcpy(&value, &bits, 4);
-    return value;
-}
-
 GB_INLINE float widen(float x) { return x; }
 GB_INLINE float widen(Bf16 x) { return as_float((uint32_t)x.bits << 16); }
 GB_INLINE float widen(Fp16 x) {
@@ -25,28 +19,6 @@ GB_INLINE float widen(Fp16 x) {
     uint32_t bits = magnitude < 0x400u ? small : normal;
     bits = magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : bits;
     return as_float(bits | sign);
-}
-
-typedef int16_t __attribute__((may_alias)) HalfWord;
-
-// Noise bits of elements first .. first + n - 1, see gradbits/core/noise.py. Returns where the first element's are.
-GB_INLINE const HalfWord* noise_bits(uint32_t* words, int64_t first, int n, int32_t k0, int32_t k1) {
-    uint32_t start = (uint32_t)(first >> 1) + (uint32_t)k0;
-    int count = (int)(((first + n + 1) >> 1) - (first >> 1));
-    for (int i = 0; i < count; i++) {
-        uint32_t x = start + (uint32_t)i;
-        x ^= x >> 16;
-        x *= 0x7feb352du;
-        x ^= x >> 15;
-        x += (uint32_t)k1;
-        x *= 0x846ca68bu;
-        x ^= x >> 16;
-#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-        x = x << 16 | x >> 16;
-#endif
-        words[i] = x;
-    }
-    return (const HalfWord*)words + (first & 1);
 }
 
 template <class T, int MODE, bool VARIES, bool SHIFT, bool ZERO>

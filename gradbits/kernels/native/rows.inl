@@ -1,188 +1,178 @@
-// `output` and `grad_input`: w is laid out in panels once, then blocks of rows of patches are multiplied by all of them.
+// `output` and `grad_input`: w is laid out in panels once; then the input of a block of positions is laid out and
+// multiplied by all of them.
 
-static const int BLOCK_PANELS = 32;  // panels of 16 columns whose sums are held at once
+static const int64_t ROOM = 384 << 10;        // bytes of a block's input, so that it stays in the second-level cache
+static const int64_t MOST_POSITIONS = 1024;  // of a block
 
 struct RowsJob {
     const ProductArgs* p;
+    Blocks blocks;
     uint32_t* panels;  // [group][panel][word][16]
-    int64_t depth, words, count;  // of the contraction: codes, words; panels of one group
-    int64_t rows, row_blocks, column_blocks, tasks, next;
-    int64_t stack;  // blocks of rows that one task takes
-    int failed;
+    int32_t* start;    // [group][panel * 16]
+    int64_t channel_words, words, count;  // words of one tap, of all; panels of one group
+    int64_t copies;                       // taps that have an input of their own
+    int64_t column_parts, panels_each, tasks, next;
+    int how, failed;
 };
 
-// Lay out one panel; word k of column n holds the codes n of the contraction indices G k and on.
-static void lay_panel(const RowsJob* job, int64_t group, int64_t panel) {
-    const ProductArgs* p = job->p;
-    uint32_t* to = job->panels + (group * job->count + panel) * job->words * 16;
-    const int8_t* w = p->w + group * p->w_group + panel * 16 * p->w_column;
-    int columns = (int)(p->columns - panel * 16 < 16 ? p->columns - panel * 16 : 16);
-    const int8_t zeros[16] = {0};
-    const int8_t* row[G];
-    int64_t tap[3] = {0, 0, 0}, channel = 0;
-    for (int64_t k = 0; k < job->words; k++) {
-        for (int g = 0; g < G; g++) {
-            if (k * G + g >= job->depth) {
-                row[g] = nullptr;
-                continue;
-            }
-            row[g] = w + tap[0] * p->w_tap[0] + tap[1] * p->w_tap[1] + tap[2] * p->w_tap[2] + channel * p->w_channel;
-            if (++channel < p->channels) continue;
-            channel = 0;
-            if (++tap[2] < p->taps[2]) continue;
-            tap[2] = 0;
-            if (++tap[1] < p->taps[1]) continue;
-            tap[1] = 0;
-            tap[0]++;
-        }
-        int8_t copy[G][16];
-        const int8_t* ready[G];
-        for (int g = 0; g < G; g++) {
-            ready[g] = row[g] ? row[g] : zeros;
-            if (row[g] && (p->w_column != 1 || columns < 16)) {
-                for (int i = 0; i < 16; i++) copy[g][i] = i < columns ? row[g][i * p->w_column] : 0;
-                ready[g] = copy[g];
-            }
-        }
-        weave16(to + k * 16, ready, FLIP);
-    }
-}
+struct RowsSpace {
+    uint32_t* a;
+    int32_t *place, *sums;
+    Where* where;
+};
 
 static void lay_body(void* data) {
     RowsJob* job = (RowsJob*)data;
-    for (int64_t task; (task = gb_take(&job->next)) < job->p->groups * job->count;)
-        lay_panel(job, task / job->count, task % job->count);
-}
-
-// What takes off the 128 that b carries, for one row of a.
-GB_INLINE int32_t start_of(const Code* row, int codes) {
-#ifdef GB_VNNI
-    __m512i sum = _mm512_setzero_si512(), ones = _mm512_set1_epi8(1);
-    int i = 0;
-    for (; i + 64 <= codes; i += 64) sum = _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(row + i));
-    if (i < codes)
-        sum = _mm512_dpbusd_epi32(sum, ones, _mm512_maskz_loadu_epi8((1ull << (codes - i)) - 1, row + i));
-    return -128 * _mm512_reduce_add_epi32(sum);
-#else
-    (void)row, (void)codes;
-    return 0;
-#endif
-}
-
-// The work space of one thread: a block of a, one long row, sums.
-struct RowsSpace {
-    Code* a;
-    Code* line;
-    int32_t *sums, *start;
-    int64_t* wide;
-};
-
-static void rows_block(const RowsJob* job, RowsSpace* s, int64_t group, int64_t row, int rows, int64_t panel,
-                       int64_t panels) {
     const ProductArgs* p = job->p;
-    const int64_t taps = volume(p->taps), pieces = (job->depth + PIECE - 1) / PIECE, ldc = panels * 16;
-    const int64_t slot = (int64_t)BLOCK_ROWS * ROOM * G;  // codes of one piece's block
-    const int8_t* x = p->x + group * p->x_group;
-    const uint32_t* b = job->panels + (group * job->count + panel) * job->words * 16;
-    const bool split = job->depth > SAFE;
-    if (split) __builtin_memset(s->wide, 0, sizeof(int64_t) * rows * ldc);
-    Place place = place_of(p, row);
-    if (taps != 1) {  // all pieces of every row at once
-        Part all = part_of(p, 0, taps, 0, p->channels);
-        for (int m = 0; m < rows; m++, advance(p, &place)) {
-            Code* line = pieces > 1 ? s->line : s->a + m * ROOM * G;
-            Code* end = put_patch(p, x, &place, &all, line);
-            for (int i = 0; i < G; i++) end[i] = 0;
-            for (int64_t i = 0; i < pieces && pieces > 1; i++) {
-                int64_t left = job->depth + G - i * PIECE;
-                __builtin_memcpy(s->a + i * slot + m * ROOM * G, line + i * PIECE,
-                                 sizeof(Code) * (left < PIECE ? left : PIECE));
+    for (int64_t task; (task = gb_take(&job->next)) < p->groups * job->count;) {
+        int64_t group = task / job->count, panel = task % job->count;
+        uint32_t* to = job->panels + task * job->words * 16;
+        const int8_t* w = p->w + group * p->w_group + panel * 16 * p->w_column;
+        int columns = (int)least(p->columns - panel * 16, 16);
+        for (int64_t i = 0; columns < 16 && i < job->words * 16; i++) to[i] = 0;
+        for (int64_t t0 = 0; t0 < p->taps[0]; t0++)
+            for (int64_t t1 = 0; t1 < p->taps[1]; t1++)
+                for (int64_t t2 = 0; t2 < p->taps[2]; t2++, to += job->channel_words * 16)
+                    weave(w + t0 * p->w_tap[0] + t1 * p->w_tap[1] + t2 * p->w_tap[2], p->w_column, p->w_channel, columns,
+                          p->channels, 0, p->channels, to, 16, PLAIN);
+        starts_of(job->panels + task * job->words * 16, 16, job->words, 16, job->start + task * 16);
+    }
+}
+
+// Lay out the input of a block: [tap 0][tap 2][word][plane][slot][sample][position].
+static void lay_input(const RowsJob* job, const Block* k, int64_t group, uint32_t* a, int64_t pitch) {
+    const ProductArgs* p = job->p;
+    const Blocks* b = &job->blocks;
+    for (int64_t t0 = 0; t0 < p->taps[0]; t0++)
+        for (int64_t t2 = 0; t2 < p->taps[2]; t2++, a += job->channel_words * pitch) {
+            int64_t first, last, column = columns_of(p, k, t2, &first, &last);
+            int64_t i0 = k->at0 * p->stride[0] - p->padding[0] + t0 * p->dilation[0];
+            for (int64_t line = 0; line < b->planes * b->slots; line++) {
+                int64_t i1 = line_in(p, k, line / b->slots, line % b->slots);
+                bool there = inside(i0, p->size[0]) && inside(i1, p->size[1]);
+                for (int64_t s = 0; s < k->samples; s++) {
+                    uint32_t* to = a + (line * k->samples + s) * k->n2;
+                    int64_t low = there ? first : k->n2, high = there ? last : k->n2;
+                    for (int64_t w = 0; w < job->channel_words && (low > 0 || high < k->n2); w++) {
+                        weave_zeros(to + w * pitch, low, FLIP);
+                        weave_zeros(to + w * pitch + high, k->n2 - high, FLIP);
+                    }
+                    if (low >= high) continue;
+                    const int8_t* x = p->x + group * p->x_group + (k->sample + s) * p->x_sample + i0 * p->x_axis[0] +
+                                      i1 * p->x_axis[1] + (column + low * p->stride[2]) * p->x_axis[2];
+                    weave(x, p->stride[2] * p->x_axis[2], p->x_channel, high - low, p->channels, 0, p->channels, to + low,
+                          pitch, FLIP);
+                }
             }
         }
-    }
-    bool add = false;
-    for (int64_t i = 0; i < pieces; i++) {
-        int64_t left = job->depth - i * PIECE;
-        int codes = (int)(left < PIECE ? left : PIECE), words = (codes + G - 1) / G;
-        Code* a = taps == 1 ? s->a : s->a + i * slot;
-        if (taps == 1) {
-            Part part = part_of(p, 0, 1, i * PIECE, i * PIECE + codes);
-            Place at = place;
-            for (int m = 0; m < rows; m++, advance(p, &at)) {
-                Code* end = put_patch(p, x, &at, &part, a + m * ROOM * G);
-                for (int j = 0; j < G; j++) end[j] = 0;
+}
+
+static void rows_task(const RowsJob* job, RowsSpace* s, int64_t task) {
+    const ProductArgs* p = job->p;
+    const Blocks* b = &job->blocks;
+    int64_t part = task % job->column_parts, group = task / job->column_parts / b->all;
+    const Block k = block_at(p, b, task / job->column_parts % b->all);
+    const int64_t line = k.samples * k.n2, rows = k.n1 * line;
+    const int64_t pitch = (b->planes * b->slots * line + 15) / 32 * 32 + 16;  // an odd number of cache lines
+    lay_input(job, &k, group, s->a, pitch);
+    int32_t* place = s->place;
+    for (int64_t t0 = 0; t0 < p->taps[0]; t0++)
+        for (int64_t t1 = 0; t1 < p->taps[1]; t1++)
+            for (int64_t t2 = 0; t2 < p->taps[2]; t2++)
+                for (int64_t w = 0; w < job->channel_words; w++)
+                    *place++ = (int32_t)(((t0 * p->taps[2] + t2) * job->channel_words + w) * pitch + slot_of(p, b, t1) * line);
+    Where* where = s->where;
+    for (int64_t i1 = k.at1; i1 < k.at1 + k.n1; i1++)
+        for (int64_t sample = k.sample; sample < k.sample + k.samples; sample++)
+            for (int64_t i2 = k.at2; i2 < k.at2 + k.n2; i2++, where++) {
+                where->sample = sample;
+                where->position = p->first + k.at0 * p->step[0] + i1 * p->step[1] + i2 * p->step[2];
+                where->to = group * p->r_group + sample * p->r_sample + where->position * p->r_position;
             }
+    int64_t last = least((part + 1) * job->panels_each, job->count);
+    for (int64_t panel = part * job->panels_each; panel < last;) {
+        int wide = tile_width(last - panel), most = most_rows(wide);
+        const uint32_t* w = job->panels + (group * job->count + panel) * job->words * 16;
+        for (int64_t m = 0; m < rows; m += most) {
+            int height = (int)least(rows - m, most);
+            find_tile<false, false>(height, wide)(s->a + m, s->place, w, job->words * 16, job->words, s->sums, wide * 16,
+                                                  job->start + (group * job->count + panel) * 16);
+            finish(p, s->sums, wide * 16, height, least(p->columns - panel * 16, wide * 16), s->where + m, group, panel * 16,
+                   job->how);
         }
-        for (int m = 0; m < rows; m++) s->start[m] = start_of(a + m * ROOM * G, codes);
-        block<ROWS>((const uint32_t*)a, b + i * (PIECE / G) * 16, job->words * 16, rows, panels, words, s->sums, ldc,
-                    s->start, add);
-        add = true;
-        if (split && ((i + 1) % (SAFE / PIECE) == 0 || i + 1 == pieces)) {
-            for (int64_t j = 0; j < rows * ldc; j++) s->wide[j] += s->sums[j];
-            add = false;
-        }
+        panel += wide;
     }
-    if (pieces == 0) __builtin_memset(s->sums, 0, sizeof(int32_t) * rows * ldc);
-    int64_t columns = p->columns - panel * 16 < ldc ? p->columns - panel * 16 : ldc;
-    for (int m = 0; m < rows; m++, advance(p, &place)) {
-        if (m == 0) place = place_of(p, row);
-        int64_t position = position_of(p, &place);
-        if (split)
-            finish_span(p, s->wide + m * ldc, columns, group, place.sample, position, panel * 16);
-        else
-            finish_span(p, s->sums + m * ldc, columns, group, place.sample, position, panel * 16);
-    }
+}
+
+static int64_t input_bytes(const RowsJob* job, int64_t n1, int64_t n2, int64_t samples) {
+    const Blocks* b = &job->blocks;
+    return 4 * job->copies * job->channel_words * (b->planes * (n1 + reach(job->p)) * samples * n2 + 32);
 }
 
 static void rows_body(void* data) {
     RowsJob* job = (RowsJob*)data;
-    const int64_t pieces = volume(job->p->taps) == 1 ? 1 : (job->depth + PIECE - 1) / PIECE;
-    const int64_t panels = job->count < BLOCK_PANELS ? job->count : BLOCK_PANELS;
-    const int64_t a = (pieces + 1) * BLOCK_ROWS * ROOM * 4, line = (job->depth + 64 + G) * (int64_t)sizeof(Code);
-    const int64_t sums = panels * 16 * BLOCK_ROWS;
-    char* memory = (char*)__builtin_malloc((size_t)(a + line + 64 + sums * 12 + BLOCK_ROWS * 4 + 64));
+    const Blocks* b = &job->blocks;
+    const int64_t a = input_bytes(job, b->n1, b->n2, b->samples) + 64, positions = b->n1 * b->n2 * b->samples;
+    char* memory = (char*)__builtin_malloc(
+        (size_t)(a + 4 * job->words + 64 + 4 * MOST_ROWS * 16 * WIDEST + (positions + 1) * (int64_t)sizeof(Where)));
     if (!memory) {
         __atomic_store_n(&job->failed, 1, __ATOMIC_RELAXED);
         return;
     }
     RowsSpace s;
-    s.wide = (int64_t*)memory;
-    s.a = (Code*)(s.wide + sums);
+    s.where = (Where*)memory;
+    s.a = (uint32_t*)(s.where + positions + 1);
     s.sums = (int32_t*)((char*)s.a + a);
-    s.start = s.sums + sums;
-    s.line = (Code*)(s.start + BLOCK_ROWS);
-    for (int64_t task; (task = gb_take(&job->next)) < job->tasks;) {
-        int64_t column_block = task % job->column_blocks, rest = task / job->column_blocks;
-        int64_t stacks = (job->row_blocks + job->stack - 1) / job->stack;
-        int64_t group = rest / stacks, first = rest % stacks * job->stack;
-        int64_t panel = column_block * BLOCK_PANELS, left = job->count - panel;
-        for (int64_t i = first; i < first + job->stack && i < job->row_blocks; i++) {
-            int64_t row = i * BLOCK_ROWS, height = job->rows - row;
-            rows_block(job, &s, group, row, (int)(height < BLOCK_ROWS ? height : BLOCK_ROWS), panel,
-                       left < BLOCK_PANELS ? left : BLOCK_PANELS);
-        }
-    }
+    s.place = s.sums + MOST_ROWS * 16 * WIDEST;
+    for (int64_t task; (task = gb_take(&job->next)) < job->tasks;) rows_task(job, &s, task);
+    flush();
     __builtin_free(memory);
+}
+
+// Blocks of about eight tiles' rows or more whose input fits, and that leave few rows over for a smaller tile.
+static void size_blocks(RowsJob* job) {
+    const ProductArgs* p = job->p;
+    Blocks* b = &job->blocks;
+    b->planes = least(p->stride[1], (p->taps[1] - 1) * p->dilation[1] + 1);
+    const int64_t word = 4 * job->copies * job->channel_words * b->planes + 1;  // bytes of one position of one line
+    b->n1 = least(p->count[1], least(ROOM / (word * p->count[2]) - reach(p), MOST_POSITIONS / p->count[2]));
+    if (b->n1 < 1) b->n1 = 1;
+    b->n2 = least(ROOM / (word * (b->n1 + reach(p))), MOST_POSITIONS) / MOST_ROWS * MOST_ROWS;
+    if (b->n2 < MOST_ROWS) b->n2 = MOST_ROWS;
+    b->n2 = least(b->n2, p->count[2]);
+    b->samples = 1;
+    const int64_t each = b->n1 * b->n2;
+    double best = 0;
+    for (int64_t n = 1; n <= p->samples && n * each <= MOST_POSITIONS; n++) {
+        if (n > 1 && (input_bytes(job, b->n1, b->n2, n) > ROOM || (n - 1) * each >= 8 * MOST_ROWS)) break;
+        double used = (double)(n * each) / (double)(parts_of(n * each, MOST_ROWS) * MOST_ROWS);
+        if (used >= best) best = used, b->samples = n;
+    }
+    divide(p, b);
 }
 
 static int rows(const ProductArgs* p) {
     RowsJob job = {};
     job.p = p;
-    job.depth = volume(p->taps) * p->channels;
-    job.words = (job.depth + G - 1) / G;
-    job.count = (p->columns + 15) / 16;
-    job.rows = p->samples * volume(p->count);
-    job.row_blocks = (job.rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    job.column_blocks = (job.count + BLOCK_PANELS - 1) / BLOCK_PANELS;
-    if (p->groups * job.rows * p->columns == 0) return GB_OK;
-    int64_t work = BLOCK_ROWS * (job.depth + 32) * (p->columns < BLOCK_PANELS * 16 ? p->columns : BLOCK_PANELS * 16);
-    job.stack = work < (1 << 20) ? (1 << 20) / work + 1 : 1;
-    job.tasks = p->groups * ((job.row_blocks + job.stack - 1) / job.stack) * job.column_blocks;
-    job.panels = (uint32_t*)__builtin_malloc((size_t)(p->groups * job.count * job.words * 64 + 64));
-    if (!job.panels) return GB_NO_MEMORY;
-    gb_parallel(p->groups * job.count * job.depth > 16384 ? p->threads : 1, lay_body, &job);
+    job.channel_words = parts_of(p->channels, G);
+    job.words = volume(p->taps) * job.channel_words;
+    job.copies = p->taps[0] * p->taps[2];
+    job.count = parts_of(p->columns, 16);
+    job.how = ways(p, p->groups * p->samples * volume(p->count) * p->columns);
+    if (p->groups * p->samples * volume(p->count) * p->columns == 0) return GB_OK;
+    size_blocks(&job);
+    job.panels_each = job.count;
+    if (p->groups * job.blocks.all < 2 * p->threads && p->threads > 1)
+        job.panels_each = parts_of(job.count, least(job.count, parts_of(2 * p->threads, p->groups * job.blocks.all)));
+    job.column_parts = parts_of(job.count, job.panels_each);
+    job.tasks = p->groups * job.blocks.all * job.column_parts;
+    const int64_t all = p->groups * job.count;
+    job.start = (int32_t*)__builtin_malloc((size_t)(all * 64 + all * job.words * 64 + 64));
+    if (!job.start) return GB_NO_MEMORY;
+    job.panels = (uint32_t*)(job.start + all * 16);
+    gb_parallel(all * job.words > 4096 ? p->threads : 1, lay_body, &job);
     job.next = 0;
     gb_parallel(job.tasks > 1 ? p->threads : 1, rows_body, &job);
-    __builtin_free(job.panels);
+    __builtin_free(job.start);
     return job.failed ? GB_NO_MEMORY : GB_OK;
 }

@@ -14,7 +14,7 @@ from torch import nn
 
 from gradbits.core.errors import ArgumentError
 
-IMAGE_MODELS = ("mlp", "small_cnn", "resnet20")
+IMAGE_MODELS = ("mlp", "small_cnn", "resnet20", "resnet18", "mobilenet")
 TEXT_MODELS = ("gpt",)
 MODELS = IMAGE_MODELS + TEXT_MODELS
 

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gradbits.core.checks import check_integer
+from gradbits.nn import norm_relu
 
 
 class Block(nn.Module):
@@ -22,12 +23,11 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the block's output, [batch, out, height / stride, width / stride]."""
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
+        y = norm_relu(self.bn1, self.conv1(x))
         if self.stride != 1 or self.added:
             before = self.added // 2
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.added - before))
-        return F.relu(y + x)
+        return norm_relu(self.bn2, self.conv2(y), x)
 
 
 class ResNet(nn.Module):
@@ -53,7 +53,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits, [batch, classes]."""
-        x = self.stages(F.relu(self.bn(self.conv(x))))
+        x = self.stages(norm_relu(self.bn, self.conv(x)))
         return self.head(x.mean(dim=(2, 3)))
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks behind ``gradbits bench``: everything that competes runs in turns in one process."""

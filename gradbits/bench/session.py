@@ -1,0 +1,85 @@
+"""One run of a benchmark: settles the process, measures the machine, holds every contest, leaves a record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradbits.bench.allocator import keep_freed_memory
+from gradbits.bench.chart import save_chart
+from gradbits.bench.contest import Work, as_dict, compete
+from gradbits.bench.record import head_lines, save_record, surroundings
+from gradbits.bench.roofline import roofline
+from gradbits.bench.table import summary, work_table
+from gradbits.bench.timing import CLOCKS
+from gradbits.core.checks import check_choice, check_integer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a benchmark runs.
+
+    Args:
+        command: the command line that repeats it.
+        threads: CPU threads; None leaves them to PyTorch.
+        repeats: rounds.
+        clock: ``"wall"`` or ``"cpu"``.
+        json: file for the record, or None.
+        chart: PNG file for the picture, or None.
+        show: called with each finished piece of text.
+        tell: called with what is being done.
+    """
+
+    command: str
+    threads: int | None = None
+    repeats: int = 7
+    clock: str = "wall"
+    json: Path | None = None
+    chart: Path | None = None
+    show: Callable[[str], None] = print
+    tell: Callable[[str], None] = lambda text: None
+
+    def __post_init__(self) -> None:
+        check_choice(self.clock, "clock", tuple(CLOCKS))
+        check_integer(self.repeats, "repeats", 1)
+        if self.threads is not None:
+            check_integer(self.threads, "threads", 1)
+
+    def settle(self) -> dict[str, Any]:
+        """Settle this process for a benchmark; return where it runs."""
+        allocator = keep_freed_memory()
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        return surroundings(self.command, clock=self.clock, repeats=self.repeats, allocator=allocator)
+
+
+def hold(works: Callable[[], Iterable[Work]], settings: Settings) -> list[dict[str, Any]]:
+    """Hold every contest, show its table as soon as it is there, and leave the record that is asked for.
+
+    Args:
+        works: called when the process is settled; best makes each work as it is asked for, so that what one needed is
+            gone before the next.
+        settings: how.
+
+    Returns:
+        The outcomes, see ``contest.as_dict``.
+    """
+    where = settings.settle()
+    settings.tell("limits of this machine")
+    peaks = roofline(CLOCKS[settings.clock])
+    settings.show("\n".join(head_lines(where, peaks)))
+    outcomes: list[dict[str, Any]] = []
+    for work in works():
+        measured = compete(work, settings.repeats, settings.clock, settings.tell)
+        outcomes.append(as_dict(work, measured, peaks))
+        settings.show("\n" + work_table(outcomes[-1]))
+    settings.show("\n" + summary(outcomes))
+    if settings.json is not None:
+        save_record(settings.json, where, limits=peaks, works=outcomes)
+    if settings.chart is not None:
+        save_chart(settings.chart, outcomes, settings.command)
+    return outcomes

@@ -1,0 +1,212 @@
+"""Batch norm, the shortcut that is added and the ReLU behind it, in one pass over memory where PyTorch makes three."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from gradbits.core.checks import check_module
+from gradbits.core.errors import NothingToQuantizeError
+from gradbits.kernels.native import norm as native
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+LEAST = 1 << 20  # elements from which on one pass was measured to be faster, see benchmarks/fused_norm.py
+_FLAG = "_gradbits_fused"  # on a batch norm: "wanted" by fuse_, "used" once it was computed so
+
+
+class NormReLU(torch.autograd.Function):
+    """``relu(x * scale + shift + residual)`` with the statistics' own gradients where they are those of the batch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        mean: torch.Tensor,
+        inverse: torch.Tensor,
+        of_batch: bool,
+    ) -> torch.Tensor:
+        """Compute the output; keep the input and which outputs are positive."""
+        scale = inverse if weight is None else inverse * weight
+        shift = -mean * scale if bias is None else bias - mean * scale
+        y, mask = native.forward(x, scale, shift, residual, True)
+        ctx.save_for_backward(x, weight, mean, inverse, mask)
+        ctx.of_batch, ctx.has_bias, ctx.has_residual = of_batch, bias is not None, residual is not None
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Compute the gradients of input, weight, bias and residual."""
+        x, weight, mean, inverse, mask = ctx.saved_tensors
+        x, mask, g = _channels_last(x), _channels_last(mask), _channels_last(grads[0].to(x.dtype))
+        totals = native.sums(x, mean, g, mask)  # of g and of g (x - mean)
+        scale = inverse if weight is None else inverse * weight
+        offset = slope = torch.zeros_like(mean)
+        if ctx.of_batch:
+            means = totals / (x.numel() // x.shape[1])
+            offset, slope = means[0].float(), (means[1] * inverse.double().square()).float()
+        grad, rest = native.backward(g, x, mask, scale, mean, offset, slope, ctx.has_residual)
+        grad_weight = None if weight is None else (totals[1] * inverse).float()
+        return grad, grad_weight, totals[0].float() if ctx.has_bias else None, rest, None, None, None
+
+
+def norm_relu(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    r"""Return ``relu(norm(x) + residual)``; after ``fuse_`` in one pass.
+
+    .. math:: y = \max\Big(0,\ \gamma\,\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + r\Big)
+
+    One pass is taken by the native kernels for batch norms on the processor with channels last in memory and at least
+    ``LEAST`` elements, from which on it is faster; everything else is computed as it is written. The results are equal
+    up to the rounding of float32.
+
+    Args:
+        norm: any module; a batch norm can be fused.
+        x: [N, C, *].
+        residual: like ``x``, or None.
+
+    >>> norm_relu(nn.BatchNorm2d(2), torch.zeros(4, 2, 3, 3)).shape
+    torch.Size([4, 2, 3, 3])
+    """
+    if norm.__dict__.get(_FLAG) is not None and why_not_fused(norm, x, residual) is None:
+        norm.__dict__[_FLAG] = "used"
+        return _fused(norm, x, residual)
+    y = _plain(norm, x)
+    return F.relu(y if residual is None else y + residual)
+
+
+def why_not_fused(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = None) -> str | None:
+    """Return why a norm and what follows it are computed one after the other, or None."""
+    if torch.compiler.is_compiling():
+        return "torch.compile fuses for itself"
+    if type(norm) not in (*NORMS, FusedBatchNorm2d):
+        return f"{type(norm).__name__} is no batch norm that computes what its name says"
+    if type(norm) is not FusedBatchNorm2d and (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks):
+        return "hooks wait for the norm's own output"
+    if any(p.dtype != torch.float32 for p in norm.parameters()):
+        return "its parameters are not float32"
+    if x.dim() < 2 or x.shape[1] != getattr(norm, "num_features", 0) or x.numel() <= x.shape[1]:
+        return "the input does not fit it, or has a single value in a channel"
+    if residual is not None and (residual.dtype, residual.shape, residual.stride()) != (x.dtype, x.shape, x.stride()):
+        return "the residual differs from the input in dtype, shape or order"
+    if x.numel() < LEAST:
+        return f"{x.numel()} elements are too few to gain by it"
+    return native.why_not(x)
+
+
+def _plain(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    y: torch.Tensor = nn.BatchNorm2d.forward(norm, x) if isinstance(norm, FusedBatchNorm2d) else norm(x)
+    return y
+
+
+def _fused(norm: Any, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    norm._check_input_dim(x)
+    of_batch = norm.training or norm.running_mean is None
+    if of_batch:
+        mean, var = _moments(x.detach())
+        if norm.training and norm.track_running_stats and norm.running_mean is not None:
+            _update_(norm, mean, var, x.numel() // x.shape[1])
+    else:
+        mean, var = norm.running_mean, norm.running_var
+    inverse = (var + norm.eps).rsqrt()
+    y: torch.Tensor = NormReLU.apply(x, norm.weight, norm.bias, residual, mean, inverse, of_batch)
+    return y
+
+
+def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and variance of each channel, from differences to one of its values, against cancellation."""
+    pivot = x.movedim(1, -1)[(0,) * (x.dim() - 1)].float()
+    first, second = native.sums(x, pivot) / (x.numel() // x.shape[1])
+    return (pivot + first).float(), (second - first.square()).clamp(min=0.0).float()
+
+
+def _update_(norm: Any, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
+    with torch.no_grad():
+        share = norm.momentum
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            share = 1.0 / float(norm.num_batches_tracked) if share is None else share
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
+        norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), share)
+
+
+def _channels_last(t: torch.Tensor) -> torch.Tensor:
+    return t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+class FusedBatchNorm2d(nn.BatchNorm2d):
+    """A ``BatchNorm2d`` that computes the ReLU behind it too."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return ``relu(batch_norm(input))``."""
+        return norm_relu(self, input)
+
+
+class FusedReLU(nn.ReLU):
+    """A ReLU that the batch norm before it has computed already."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return ``input``."""
+        return input
+
+
+def fuse_(model: nn.Module) -> tuple[str, ...]:
+    """Compute batch norms together with the ReLU behind them; parameters and modules keep their names.
+
+    Found are a ``BatchNorm2d`` that a ``ReLU`` follows in a ``Sequential``, and every batch norm that the model passes
+    to ``gradbits.nn.norm_relu``.
+
+    Args:
+        model: changed in place; ``unfuse_`` undoes it.
+
+    Returns:
+        The names of the batch norms that may be fused; ``report`` lists those that are.
+
+    Raises:
+        NothingToQuantizeError: the model has no batch norm.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    >>> fuse_(net)
+    ('1',)
+    """
+    check_module(model)
+    for parent in model.modules():
+        if type(parent) is nn.Sequential:
+            children = list(parent)
+            for norm, relu in pairwise(children):
+                if type(norm) is nn.BatchNorm2d and type(relu) is nn.ReLU:
+                    norm.__class__, relu.__class__ = FusedBatchNorm2d, FusedReLU
+    names = []
+    for name, module in model.named_modules():
+        if isinstance(module, NORMS):
+            module.__dict__.setdefault(_FLAG, "wanted")
+            names.append(name)
+    if not names:
+        raise NothingToQuantizeError("model: has no batch norm, so there is nothing to fuse")
+    return tuple(names)
+
+
+def unfuse_(model: nn.Module) -> None:
+    """Undo ``fuse_``.
+
+    >>> net = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())
+    >>> _ = fuse_(net); unfuse_(net); type(net[0]).__name__
+    'BatchNorm2d'
+    """
+    check_module(model)
+    back = {FusedBatchNorm2d: nn.BatchNorm2d, FusedReLU: nn.ReLU}
+    for module in model.modules():
+        module.__class__ = back.get(type(module), type(module))
+        module.__dict__.pop(_FLAG, None)
+
+
+def fused_norms(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the batch norms that are computed with the ReLU behind them, as far as a call has shown."""
+    return tuple(name for name, module in model.named_modules() if module.__dict__.get(_FLAG) == "used")
