@@ -1,6 +1,6 @@
 """Batch norm + shortcut + ReLU, forward and backward: PyTorch's operations against the fused pass.
 
-    OMP_NUM_THREADS=1 python benchmarks/fused_norm.py [--repeats N] [--clock cpu|wall]
+    OMP_NUM_THREADS=1 python benchmarks/fused_norm.py [--repeats N] [--clock cpu|wall] [--batch N]
 
 prints the table of docs/memory.md.
 """
@@ -42,7 +42,7 @@ def main() -> None:
     o = parser.parse_args()
     gradbits.nn.norm.LEAST = 0  # measure also where it does not pay
     allocator = keep_freed_memory()
-    command = f"python benchmarks/fused_norm.py --repeats {o.repeats} --clock {o.clock}"
+    command = f"python benchmarks/fused_norm.py --repeats {o.repeats} --clock {o.clock} --batch {o.batch}"
     print("\n".join(head_lines(surroundings(command, clock=o.clock, repeats=o.repeats, allocator=allocator))))
     lines = [("channels, image, dtype", "shortcut", "one by one", "fused", "one by one / fused")]
     for channels, side in SHAPES:

@@ -147,7 +147,7 @@ def memory(
     for name in names:
         check_choice(name, "model", MODELS)
     where = Settings(command=_command(), threads=threads, repeats=1).settle()
-    _show("\n".join(head_lines(where)))
+    _show("\n".join(head_lines(where)[:2]))
     outcomes = []
     for name in names:
         outcomes.append(memory_work(name, tuple(recipe or ("int8_dynamic",)), quick=quick, tell=_tell))

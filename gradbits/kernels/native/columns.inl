@@ -1,9 +1,10 @@
 // `grad_weight`: sums over positions. The gradient and the input of a block of positions are laid out and multiplied,
 // and the sums of the blocks added up.
 
-static const int64_t MOST_COLUMNS = 256;      // output channels whose sums are held at once, and
-static const int64_t MOST_SUMS = 256 << 10;   // sums
+static const int64_t MOST_COLUMNS = 512;      // output channels whose sums are held at once, and
+static const int64_t MOST_SUMS = 512 << 10;   // sums
 static const int64_t WORDS = 256;             // of a block
+static const int64_t NEAR = 64;               // positions, a multiple of G
 static const int64_t INT32_TERMS = 131071;    // products of two codes whose sum surely fits in int32
 
 struct ColumnsJob {
@@ -38,25 +39,30 @@ static void lay_gradient(const ColumnsJob* job, const Block* k, int64_t group, i
 static void lay_patches(const ColumnsJob* job, const Block* k, int64_t group, int64_t channel, int64_t width, uint32_t* b) {
     const ProductArgs* p = job->p;
     const int64_t lines = job->blocks.planes * job->blocks.slots, words = parts_of(k->n2, G);
-    const int8_t* x = p->x + group * p->x_group + channel * p->x_channel;
-    for (int64_t panel = 0; panel < width; panel += 16)
-        for (int64_t t0 = 0; t0 < p->taps[0]; t0++)
-            for (int64_t t2 = 0; t2 < p->taps[2]; t2++) {
-                int64_t first, last, column = columns_of(p, k, t2, &first, &last);
-                int64_t i0 = k->at0 * p->stride[0] - p->padding[0] + t0 * p->dilation[0];
-                for (int64_t line = 0; line < lines; line++) {
-                    int64_t i1 = line_in(p, k, line / job->blocks.slots, line % job->blocks.slots);
-                    bool there = inside(i0, p->size[0]) && inside(i1, p->size[1]) && first < last;
-                    const int8_t* from = x + panel * p->x_channel + i0 * p->x_axis[0] + i1 * p->x_axis[1] +
-                                         column * p->x_axis[2] + k->sample * p->x_sample;
-                    for (int64_t s = 0; s < k->samples; s++, b += words * 16, from += p->x_sample)
-                        if (there)
-                            weave(from, p->x_channel, p->stride[2] * p->x_axis[2], least(width - panel, 16), k->n2, first, last,
-                                  b, 16, FLIP);
-                        else
-                            weave_zeros(b, words * 16, FLIP);
-                }
+    const int64_t each = job->copies * lines * k->samples * words * 16, code = p->stride[2] * p->x_axis[2];
+    const int8_t* x = p->x + group * p->x_group + channel * p->x_channel + k->sample * p->x_sample;
+    for (int64_t t0 = 0; t0 < p->taps[0]; t0++)
+        for (int64_t t2 = 0; t2 < p->taps[2]; t2++) {
+            int64_t first, last, column = columns_of(p, k, t2, &first, &last);
+            int64_t i0 = k->at0 * p->stride[0] - p->padding[0] + t0 * p->dilation[0];
+            for (int64_t line = 0; line < lines; line++) {
+                int64_t i1 = line_in(p, k, line / job->blocks.slots, line % job->blocks.slots);
+                bool there = inside(i0, p->size[0]) && inside(i1, p->size[1]) && first < last;
+                const int8_t* from = x + i0 * p->x_axis[0] + i1 * p->x_axis[1] + column * p->x_axis[2];
+                for (int64_t s = 0; s < k->samples; s++, b += words * 16, from += p->x_sample)
+                    // a few positions of every panel after the other: lines of the cache are read once
+                    for (int64_t c = 0; c < k->n2; c += NEAR)
+                        for (int64_t panel = 0; panel < width; panel += 16) {
+                            uint32_t* to = b + panel / 16 * each + c / G * 16;
+                            int64_t n = least(k->n2 - c, NEAR);
+                            if (there)
+                                weave(from + panel * p->x_channel + c * code, p->x_channel, code, least(width - panel, 16), n,
+                                      first - c, last - c, to, 16, FLIP);
+                            else
+                                weave_zeros(to, parts_of(n, G) * 16, FLIP);
+                        }
             }
+        }
 }
 
 static void columns_block(const ColumnsJob* job, ColumnsSpace* s, const Block* k, int64_t group, int64_t row, int64_t rows,
