@@ -36,7 +36,7 @@ class MinMaxUInt8(Codec):
     >>> codec = MinMaxUInt8()
     >>> payload = codec.encode(torch.tensor([-1.0, 0.0, 1.0]))
     >>> payload.parts["codes"].tolist(), payload.nbytes
-    ([0, 127, 255], 11)
+    ([0, 127, 255], 15)
     """
 
     eps: float = 1e-7

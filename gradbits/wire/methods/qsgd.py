@@ -30,6 +30,7 @@ class QSGD(LevelCodec):
         Alistarh et al., QSGD: Communication-Efficient SGD via Gradient Quantization and Encoding, NIPS 2017,
         arXiv:1610.02132.
 
+    >>> import torch
     >>> codec = QSGD(bits=4, bucket=512)
     >>> _ = torch.manual_seed(0)
     >>> payload = codec.encode(torch.randn(1000))
