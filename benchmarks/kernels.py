@@ -80,6 +80,7 @@ def matmul_contests() -> dict[str, Contest]:
             contests[f"matmul {product} {m}x{k}->{n}"] = {
                 "native": lambda a=a, b=b: products.matmul(a, b, e),
                 "torch": lambda a=a, b=b: reference.matmul(a, b, e),
+                "library alone": lambda a=a, b=b: products.own_matmul(a, b, e),
                 "torch._int_mm, no epilogue": lambda a=a, b=b: torch._int_mm(a, b),
                 "fp32": lambda fa=fa, fb=fb: fa @ fb,
             }

@@ -53,7 +53,9 @@ def test_matmul(native_level, data):
         a, b = a[..., ::2], b[..., ::2, :]
     e = epilogue(draw, (*lead, m, n))
     want = simulate.matmul(a, b, e)
-    check(native.matmul(a, b, e), want)
+    check(native.own_matmul(a, b, e), want)
+    if not gaps:  # torch._int_mm warns of gaps in memory
+        check(native.matmul(a, b, e), want)
 
 
 @pytest.mark.parametrize(("m", "k", "n"), [(300, 70, 600), (500, 1100, 70), (60, 40, 1300)])
@@ -69,8 +71,8 @@ def test_large_products_for_any_number_of_threads(native_level, m, k, n, threads
         torch.set_num_threads(threads)
         want = simulate.matmul(a, b, e)
         check(native.matmul(a, b, e), want)
-        check(native.matmul(a, b, e), want)
-        check(native.matmul(a.t().contiguous().t(), b, e), want)
+        check(native.own_matmul(a, b, e), want)
+        check(native.own_matmul(a.t().contiguous().t(), b, e), want)
     finally:
         torch.set_num_threads(before)
 
@@ -84,7 +86,7 @@ def test_long_sums_do_not_overflow(native_level, code, transposed):
     left = a.t().contiguous().t() if transposed else a
     e = Epilogue(torch.ones(()))
     want = torch.full((3, 3), float(code * code * 200_000))
-    check(native.matmul(left, b, e), want)
+    check(native.own_matmul(left, b, e), want)
     check(native.matmul(left, b, e), want)
 
 
