@@ -15,27 +15,16 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradbits.wire import compress_
-from gradbits.wire.baselines import Counted, count_
+from gradbits.wire.baselines import count_
 
 BATCH, INPUTS, CLASSES = 8, 1024, 10
 WARM_UP = 4  # steps; PowerSGD begins to compress at its third, ALQ finds its levels at the first
 
 
-def powersgd(ddp: DistributedDataParallel) -> None:
-    """Register PyTorch's PowerSGD, one bucket after the other: with several at once gloo mixes up their collectives."""
-
-    def one_at_a_time(state, bucket):  # type: ignore[no-untyped-def]  # DDP compares annotations with types
-        future = state.run(bucket)
-        future.wait()
-        return future
-
-    ddp.register_comm_hook(Counted("powersgd", ddp.process_group), one_at_a_time)
-
-
 WAYS: dict[str, Callable[[DistributedDataParallel], object]] = {
     "fp32 all-reduce": lambda ddp: None,
     "fp16 hook": lambda ddp: count_(ddp, "fp16"),
-    "powersgd rank 1": powersgd,
+    "powersgd rank 1": lambda ddp: count_(ddp, "powersgd"),
     "qsgd 4 bit": lambda ddp: compress_(ddp, "qsgd", bits=4),
     "alq 3 bit": lambda ddp: compress_(ddp, "alq", bits=3),
     "alq 3 bit + huffman": lambda ddp: compress_(ddp, "alq", bits=3, entropy="huffman"),

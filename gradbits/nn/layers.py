@@ -15,7 +15,8 @@ from gradbits.core.grain import PerChannel
 from gradbits.core.noise import draw_seed
 from gradbits.kernels.geometry import ConvGeometry
 from gradbits.nn.assignment import Assignment, QuantizerStates
-from gradbits.nn.bilinear import Bilinear, ConvProducts, LinearProducts, MatmulProducts
+from gradbits.nn.bilinear import Bilinear, LinearProducts, MatmulProducts
+from gradbits.nn.conv_products import ConvProducts
 from gradbits.nn.function import Call, QuantizedProduct
 from gradbits.nn.matmul import Matmul
 from gradbits.nn.refuse import refuse_script, refuse_transforms

@@ -87,6 +87,8 @@ class Counted:
         width = {"fp16": 2, "bf16": 2}.get(self.name, bucket.buffer().element_size())
         before, after = self._powersgd_counts()
         future = _HOOKS[self.name](self.hook_state, bucket)
+        if self.name == "powersgd":
+            future.wait()  # its collectives follow one another in callbacks: of several buckets they would mix up
         if self._powersgd_counts()[0] > before:
             self.traffic.sent += self._ring(4 * (self._powersgd_counts()[1] - after))
         else:

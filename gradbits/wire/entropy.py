@@ -19,6 +19,7 @@ from gradbits.kernels.huffman import code_lengths, encoded_bits
 from gradbits.kernels.huffman_symbols import count_symbols, decode_symbols, encode_symbols
 from gradbits.kernels.quantize import Noise
 from gradbits.wire.codec import MAX_ELEMENTS, Codec, Payload, State
+from gradbits.wire.wrapper import Wrapper
 
 CODES, HUFFMAN, ZSTD = "codes", "huffman", "zstd"
 _LONGEST = 11  # bits of a Huffman code: what is decoded fastest, and 1 in 2048 costs little
@@ -26,27 +27,17 @@ _MAX_RATIO = 256  # a coded part that is shorter than this is filled with zeros,
 
 
 @dataclass(frozen=True, kw_only=True)
-class EntropyCodec(Codec):
+class EntropyCodec(Wrapper):
     """A codec with entropy coding around it; the base of the two.
 
     Args:
         codec: whose symbols are coded.
     """
 
-    codec: Codec
-
     def __post_init__(self) -> None:
         check_instance(self.codec, "codec", Codec)
         if isinstance(self.codec, EntropyCodec) or not self.codec.has_codes:
             raise ArgumentError(f"codec={self.codec!r}: has no symbols at a fixed width that could be coded")
-
-    @property
-    def name(self) -> str:
-        return self.codec.name
-
-    @property
-    def unbiased(self) -> bool:
-        return self.codec.unbiased
 
     @property
     def wants_feedback(self) -> bool:
@@ -56,23 +47,11 @@ class EntropyCodec(Codec):
     def has_codes(self) -> bool:
         return False
 
-    def init_state(self) -> State:
-        return self.codec.init_state()
-
     def encode(self, x: torch.Tensor, key: Noise = None, state: State | None = None) -> Payload:
         return self.compress(self.codec.encode(x, key, state))
 
     def decode(self, payload: Payload) -> torch.Tensor:
         return self.codec.decode(plain(payload))
-
-    def statistics(self, x: torch.Tensor) -> torch.Tensor:
-        return self.codec.statistics(x)
-
-    def adapt(self, state: State, statistics: torch.Tensor) -> State:
-        return self.codec.adapt(state, statistics)
-
-    def is_due(self, step: int) -> bool:
-        return self.codec.is_due(step)
 
     def compress(self, payload: Payload) -> Payload:
         """Return ``payload`` with its codes coded, or as it is where that would be longer."""

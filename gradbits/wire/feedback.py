@@ -14,12 +14,13 @@ from gradbits.core.checks import check_instance, check_number
 from gradbits.core.errors import ArgumentError, NonFiniteError
 from gradbits.kernels.quantize import Noise
 from gradbits.wire.codec import Codec, Payload, State, check_values
+from gradbits.wire.wrapper import Wrapper
 
 RESIDUAL = "residual"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ErrorFeedback(Codec):
+class ErrorFeedback(Wrapper):
     r"""A codec that remembers what it lost, in ``state["residual"]``, float32 in the shape of the tensor.
 
     .. math:: u_t = \gamma\,g_t + \beta\,e_t, \qquad e_{t+1} = u_t - \hat u_t
@@ -46,7 +47,6 @@ class ErrorFeedback(Codec):
     True
     """
 
-    codec: Codec
     beta: float = 1.0
     gamma: float = 1.0
 
@@ -58,23 +58,12 @@ class ErrorFeedback(Codec):
         check_number(self.gamma, "gamma", 0.0, open_low=True)
 
     @property
-    def name(self) -> str:
-        return self.codec.name
-
-    @property
-    def unbiased(self) -> bool:
-        return self.codec.unbiased
-
-    @property
     def wants_feedback(self) -> bool:
         return False
 
     @property
     def has_codes(self) -> bool:
         return self.codec.has_codes
-
-    def init_state(self) -> State:
-        return self.codec.init_state()
 
     def encode(self, x: torch.Tensor, key: Noise = None, state: State | None = None) -> Payload:
         state = {} if state is None else state
@@ -106,12 +95,3 @@ class ErrorFeedback(Codec):
 
     def decode(self, payload: Payload) -> torch.Tensor:
         return self.codec.decode(payload)
-
-    def statistics(self, x: torch.Tensor) -> torch.Tensor:
-        return self.codec.statistics(x)
-
-    def adapt(self, state: State, statistics: torch.Tensor) -> State:
-        return {**state, **self.codec.adapt(state, statistics)}
-
-    def is_due(self, step: int) -> bool:
-        return self.codec.is_due(step)

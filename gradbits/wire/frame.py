@@ -43,6 +43,10 @@ def to_frame(payload: Payload) -> torch.Tensor:
     check_instance(payload, "payload", Payload)
     if len(payload.shape) > MAX_DIMS or len(payload.parts) > MAX_PARTS:
         raise ArgumentError(f"payload: {len(payload.shape)} axes and {len(payload.parts)} parts are too many")
+    if not 0 <= payload.bits <= 8 or not 0 <= payload.bucket < 1 << 32:
+        raise ArgumentError(
+            f"payload: bits={payload.bits}, bucket={payload.bucket}: must be 0 to 8, and below 2^32"
+        )
     name = _name(payload.codec)
     table, body = [], []
     device = torch.device("cpu")

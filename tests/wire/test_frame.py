@@ -134,3 +134,10 @@ def test_what_cannot_be_framed_or_read() -> None:
         with pytest.raises(DtypeError, match="data"):
             from_frame(data)
     assert set(codecs()) >= {"qsgd", "alq", "minmax_uint8", "onebit", "topk"}
+
+
+@pytest.mark.parametrize("field", [{"bits": 256}, {"bits": 9}, {"bits": -1}, {"bucket": 1 << 32}, {"bucket": -1}])
+def test_what_no_reader_would_take_is_not_written(field):
+    values = {"codec": "mine", "shape": torch.Size([1]), "dtype": torch.float32, "bits": 8, "bucket": 1, **field}
+    with pytest.raises(ArgumentError, match="payload: bits="):
+        to_frame(Payload(**values, parts={"x": torch.ones(1)}))
