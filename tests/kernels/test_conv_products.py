@@ -168,7 +168,9 @@ def test_the_largest_codes(op):
 def test_grad_weight_sums_beyond_int32():
     geometry = ConvGeometry((1,), (0,), (1,), 1, (100_000,), (1,))
     ones = torch.full((2, 1, 100_000), 127, dtype=torch.int8)
-    for kernel in kernel_table()["conv_grad_weight"]:
+    kernels = [k for k in kernel_table()["conv_grad_weight"] if k.why_not(Request("cpu", 200_000, 1, 1)) is None]
+    assert {k.backend for k in kernels} >= {"torch", "simulate"}
+    for kernel in kernels:
         got = kernel.run(ones, ones, geometry, Epilogue(torch.ones((), dtype=torch.float32)))
         assert got.item() == torch.tensor(127 * 127 * 200_000).float().item(), kernel.backend
 

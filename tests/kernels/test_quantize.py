@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from gradbits.core.noise import NoiseKey, noise_bits
 from gradbits.kernels import quantize as module
-from gradbits.kernels.dispatch import kernel_table
+from gradbits.kernels.dispatch import Request, kernel_table
 from gradbits.kernels.quantize import CodeMap, memory_order, quantize
 
-KERNELS = [k.run for k in kernel_table()["quantize"]]
+KERNELS = [k.run for k in kernel_table()["quantize"] if k.why_not(Request("cpu")) is None]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
