@@ -22,10 +22,10 @@ SET = "--data fashion-mnist --model small_cnn"
 
 def one_seed(options: argparse.Namespace, seed: str, folder: Path) -> list[dict[str, Any]]:
     """Train fp32, and from its weights the others; return the records of the second training."""
-    common = f"{SET} --epochs {options.epochs} --seeds {seed}" + (f" --limit {options.limit}" if options.limit else "")
-    compare(f"{common} --recipe fp32", folder / f"float-seed{seed}")
-    start = folder / f"float-seed{seed}" / "models" / f"fp32-seed{seed}.safetensors"
-    return compare(f"{common} --init {start} --compare {networks(options.bits)}", folder / f"few-bits-seed{seed}")
+    common = f"{SET} --epochs {options.epochs}" + (f" --limit {options.limit}" if options.limit else "")
+    compare(f"{common} --recipe fp32", seed, folder / "float")
+    start = folder / "float" / f"seed{seed}" / "models" / f"fp32-seed{seed}.safetensors"
+    return compare(f"{common} --init {start} --compare {networks(options.bits)}", seed, folder / "few-bits")
 
 
 def networks(bits: str) -> str:

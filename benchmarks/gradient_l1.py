@@ -57,22 +57,23 @@ def main() -> None:
     parser.add_argument("--start", type=float, default=0.5, help="part of the steps before the term begins")
     parser.add_argument("--out", type=Path, help="keep the runs' folders here, and go on with them if they are there")
     options = parser.parse_args()
-    common = f"--data fashion-mnist --model small_cnn --recipe fp32 --epochs {options.epochs} --seeds {options.seeds}"
+    common = f"--data fashion-mnist --model small_cnn --recipe fp32 --epochs {options.epochs}"
     common += f" --eval-bits {options.bits}" + (f" --limit {options.limit}" if options.limit else "")
     groups: dict[str, list[Record]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.out or Path(temporary)
-        groups["none"] = compare(common, folder / "plain")
+        groups["none"] = compare(common, options.seeds, folder / "plain")
         for weight in options.sweep.split(","):
             command = f"{common} --gradient-l1 {weight} --gradient-l1-start {options.start}"
-            groups[weight] = compare(command, folder / f"l1-{weight}")
+            groups[weight] = compare(command, options.seeds, folder / f"l1-{weight}")
     for name, records in groups.items():
         for record in records:
             extra = "" if name == "none" else f" --gradient-l1 {name} --gradient-l1-start {options.start}"
-            record["command"] = f"gradbits train {common}{extra}"
+            record["command"] = f"gradbits train {common} --seeds {options.seeds}{extra}"
     sets = ", ".join(machine.instruction_sets())
     where = f"torch {torch.__version__}, python {platform.python_version()}, {torch.get_num_threads()} threads ({sets})"
-    first = f"gradbits train {common} [--gradient-l1 COEFFICIENT --gradient-l1-start {options.start}]"
+    extra = f"[--gradient-l1 COEFFICIENT --gradient-l1-start {options.start}]"
+    first = f"gradbits train {common} --seeds {options.seeds} {extra}"
     text = "\n".join([first, f"{where}, shared machine", "", table(groups, options.bits), ""])
     print(text)
     if not options.limit:

@@ -27,9 +27,10 @@ def main() -> None:
     pairs = [pair.split("/") for pair in options.bits.split(",")]
     networks = ",".join(["fp32", *(f"qat_int8:weight.bits={w}:input.bits={a}" for w, a in pairs)])
     command = f"--data fashion-mnist --model small_cnn --compare {networks}"
-    command += f" --epochs {options.epochs} --seeds {options.seeds}"
+    command += f" --epochs {options.epochs}"
     command += f" --limit {options.limit}" if options.limit else ""
-    write("qat_accuracy", command, compare(command, options.out), keep=not options.limit)
+    records = compare(command, options.seeds, options.out)
+    write("qat_accuracy", f"{command} --seeds {options.seeds}", records, keep=not options.limit)
 
 
 if __name__ == "__main__":

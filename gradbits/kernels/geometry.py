@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import product
 
 import torch
@@ -36,7 +36,7 @@ class ConvGeometry:
         """Number of spatial dimensions."""
         return len(self.stride)
 
-    @property
+    @cached_property
     def output_size(self) -> Ints:
         """Spatial size of the output."""
         return tuple(

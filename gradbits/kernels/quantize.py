@@ -42,6 +42,16 @@ class CodeMap:
 Noise = NoiseKey | torch.Tensor | None
 
 
+TINY = torch.finfo(torch.float32).tiny  # a smaller scale would have no finite reciprocal
+
+
+def place_step(width: torch.Tensor, steps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scale and reciprocal for ``steps`` steps over ``width``: 0 and 0 where the width is 0."""
+    scale = torch.where(width > 0, (width / steps).clamp(min=TINY), width)
+    scale = scale + (width - width)  # adds 0, or NaN where the width is not finite
+    return scale, torch.nan_to_num(scale.reciprocal(), nan=0.0, posinf=0.0)
+
+
 def memory_order(x: torch.Tensor) -> tuple[int, ...] | None:
     """Return the permutation of axes under which ``x`` is contiguous, or None where there is none."""
     strides = x.stride()
@@ -81,6 +91,26 @@ def quantize(x: torch.Tensor, code_map: CodeMap, noise: Noise = None) -> torch.T
         _fill_(codes.view(view.shape), view, code_map, key, explicit)
     inverse_order = sorted(range(x.dim()), key=lambda i: order[i])
     return codes.permute(inverse_order)
+
+
+def quantize_symmetric(x: torch.Tensor, largest: int, noise: Noise, found: torch.Tensor) -> torch.Tensor:
+    """Return int8 codes of ``x`` on one symmetric scale for its largest magnitude c, s = c / ``largest``.
+
+    Args:
+        x: floating-point values of any shape, not empty.
+        largest: the highest code.
+        noise: as for ``quantize``.
+        found: float32 [3], receives s, -c and c; s is NaN where ``x`` is not finite.
+
+    >>> found = torch.empty(3)
+    >>> quantize_symmetric(torch.tensor([-14.0, 3.1]), 7, None, found).tolist(), found.tolist()
+    ([-7, 2], [2.0, -14.0, 14.0])
+    """
+    low, high = torch.stack(torch.aminmax(x)).float()
+    width = torch.maximum(-low, high)
+    scale, inverse = place_step(width, largest)
+    torch.stack([scale, -width, width], out=found)
+    return quantize(x, CodeMap(inverse, -largest, largest), noise)
 
 
 def _pieces(shape: torch.Size, whole: bool) -> Iterator[tuple[slice, slice, slice]]:
@@ -152,4 +182,4 @@ def kernels() -> tuple[Kernel, ...]:
     def always(request: Request) -> str | None:
         return None
 
-    return (Kernel("quantize", "torch", quantize, always),)
+    return tuple(Kernel(f.__name__, "torch", f, always) for f in (quantize, quantize_symmetric))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from gradbits.core.grain import Grain, PerChannel, PerTensor
 from gradbits.kernels.dispatch import Epilogue, Kernel, Request
-from gradbits.kernels.geometry import ConvGeometry, patch_bytes, terms_of
+from gradbits.kernels.geometry import ConvGeometry, Ints, patch_bytes, terms_of
 from gradbits.kernels.sums import MOST, conv_with_ones
 from gradbits.nn.bilinear import OPERANDS, Bilinear, ones_along
 from gradbits.recipes.recipe import Recipe
@@ -27,12 +28,7 @@ class ConvProducts(Bilinear):
     transposed: bool = False
 
     def request(self, product: str, a: torch.Tensor, b: torch.Tensor) -> tuple[str, Request]:
-        op = f"conv_{self._plain(product)}"
-        g, batch = self.geometry, a.shape[0]
-        if op == "conv_grad_weight":
-            return op, Request(a.device.type, terms_of(op, g, batch, b.shape), g.spatial, g.groups)
-        size = patch_bytes(op, g, batch, b.shape)
-        return op, Request(a.device.type, terms_of(op, g, batch, b.shape), g.spatial, g.groups, size)
+        return _request(f"conv_{self._plain(product)}", a.device.type, self.geometry, a.shape[0], b.shape)
 
     def _plain(self, product: str) -> str:
         """Return which product of the plain convolution this is."""
@@ -110,3 +106,17 @@ class ConvProducts(Bilinear):
             if (product, role) in across and not isinstance(q.grain, PerTensor):
                 return f"{product}.{role} has a scale per channel, which runs across the groups of this convolution"
         return None
+
+
+@lru_cache(maxsize=1024)
+def conv_products(
+    stride: Ints, padding: Ints, dilation: Ints, groups: int, input_size: Ints, kernel_size: Ints, transposed: bool
+) -> ConvProducts:
+    """Return the products of a layer; the same object for the same arguments, which keeps what it has worked out."""
+    return ConvProducts(ConvGeometry(stride, padding, dilation, groups, input_size, kernel_size), transposed)
+
+
+@lru_cache(maxsize=4096)
+def _request(op: str, device: str, g: ConvGeometry, batch: int, b_shape: torch.Size) -> tuple[str, Request]:
+    size = None if op == "conv_grad_weight" else patch_bytes(op, g, batch, b_shape)
+    return op, Request(device, terms_of(op, g, batch, b_shape), g.spatial, g.groups, size)

@@ -13,10 +13,9 @@ from torch import nn
 from gradbits.core.errors import ArgumentError
 from gradbits.core.grain import PerChannel
 from gradbits.core.noise import draw_seed
-from gradbits.kernels.geometry import ConvGeometry
 from gradbits.nn.assignment import Assignment, QuantizerStates
 from gradbits.nn.bilinear import Bilinear, LinearProducts, MatmulProducts
-from gradbits.nn.conv_products import ConvProducts
+from gradbits.nn.conv_products import conv_products
 from gradbits.nn.function import Call, QuantizedProduct
 from gradbits.nn.matmul import Matmul
 from gradbits.nn.refuse import refuse_script, refuse_transforms
@@ -234,10 +233,9 @@ class _QuantizedConv(Quantized):
         if layer.padding == "same" and layer.padding_mode == "zeros":
             low, high = _same_padding(layer)
             padding = low if low == high else (0,) * len(input_size)
-        return ConvProducts(
-            ConvGeometry(
-                tuple(layer.stride), padding, tuple(layer.dilation), layer.groups, input_size, tuple(layer.kernel_size)
-            )
+        kernel = tuple(layer.kernel_size)
+        return conv_products(
+            tuple(layer.stride), padding, tuple(layer.dilation), layer.groups, input_size, kernel, transposed=False
         )
 
     def channels(self, role: str, axis: int) -> int:
@@ -311,16 +309,9 @@ class _QuantizedConvTranspose(Quantized):
 
     def products(self, input_size: tuple[int, ...]) -> Bilinear:
         layer: Any = self
-        return ConvProducts(
-            ConvGeometry(
-                tuple(layer.stride),
-                tuple(layer.padding),
-                tuple(layer.dilation),
-                layer.groups,
-                input_size,
-                tuple(layer.kernel_size),
-            ),
-            transposed=True,
+        padding, kernel = tuple(layer.padding), tuple(layer.kernel_size)
+        return conv_products(
+            tuple(layer.stride), padding, tuple(layer.dilation), layer.groups, input_size, kernel, transposed=True
         )
 
     def channels(self, role: str, axis: int) -> int:

@@ -15,12 +15,12 @@ from gradbits.core.errors import NothingToQuantizeError
 from gradbits.kernels.native import norm as native
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-LEAST = 1 << 20  # elements from which on one pass was measured to be faster, see benchmarks/fused_norm.py
+LEAST = 1 << 19  # elements from which on one pass was measured to be faster, see benchmarks/fused_norm.py
 _FLAG = "_gradbits_fused"  # on a batch norm: "wanted" by fuse_, "used" once it was computed so
 
 
 class NormReLU(torch.autograd.Function):
-    """``relu(x * scale + shift + residual)`` with the statistics' own gradients where they are those of the batch."""
+    """``relu((x - mean) * inverse * weight + bias + residual)``; the batch's own statistics have gradients too."""
 
     @staticmethod
     def forward(
@@ -29,33 +29,31 @@ class NormReLU(torch.autograd.Function):
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
         residual: torch.Tensor | None,
-        mean: torch.Tensor,
-        inverse: torch.Tensor,
-        of_batch: bool,
+        statistics: torch.Tensor,
+        eps: float | None,
     ) -> torch.Tensor:
-        """Compute the output; keep the input and which outputs are positive."""
-        scale = inverse if weight is None else inverse * weight
-        shift = -mean * scale if bias is None else bias - mean * scale
-        y, mask = native.forward(x, scale, shift, residual, True)
-        ctx.save_for_backward(x, weight, mean, inverse, mask)
-        ctx.of_batch, ctx.has_bias, ctx.has_residual = of_batch, bias is not None, residual is not None
+        """Compute the output; keep the input and which outputs are positive.
+
+        ``statistics`` [3, C] are mean, inverse of the deviation and variance: with ``eps`` written for the batch, with
+        None given.
+        """
+        y, mask = native.forward(x, weight, bias, residual, statistics, eps)
+        ctx.save_for_backward(x, weight, statistics, mask)
+        ctx.of_batch, ctx.has_bias, ctx.has_residual = eps is not None, bias is not None, residual is not None
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Compute the gradients of input, weight, bias and residual."""
-        x, weight, mean, inverse, mask = ctx.saved_tensors
-        x, mask, g = _channels_last(x), _channels_last(mask), _channels_last(grads[0].to(x.dtype))
-        totals = native.sums(x, mean, g, mask)  # of g and of g (x - mean)
-        scale = inverse if weight is None else inverse * weight
-        offset = slope = torch.zeros_like(mean)
-        if ctx.of_batch:
-            means = totals / (x.numel() // x.shape[1])
-            offset, slope = means[0].float(), (means[1] * inverse.double().square()).float()
-        grad, rest = native.backward(g, x, mask, scale, mean, offset, slope, ctx.has_residual)
-        grad_weight = None if weight is None else (totals[1] * inverse).float()
-        return grad, grad_weight, totals[0].float() if ctx.has_bias else None, rest, None, None, None
+        x, weight, statistics, mask = ctx.saved_tensors
+        x, mask, g = (_channels_last(t) for t in (x, mask, grads[0].to(x.dtype)))
+        grad, rest, (grad_bias, grad_weight) = native.backward(
+            g, x, mask, weight, statistics, ctx.of_batch, ctx.has_residual
+        )
+        return (
+            grad, None if weight is None else grad_weight, grad_bias if ctx.has_bias else None, rest, None, None
+        )  # fmt: skip
 
 
 def norm_relu(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -109,22 +107,14 @@ def _plain(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def _fused(norm: Any, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
     norm._check_input_dim(x)
     of_batch = norm.training or norm.running_mean is None
-    if of_batch:
-        mean, var = _moments(x.detach())
-        if norm.training and norm.track_running_stats and norm.running_mean is not None:
-            _update_(norm, mean, var, x.numel() // x.shape[1])
-    else:
-        mean, var = norm.running_mean, norm.running_var
-    inverse = (var + norm.eps).rsqrt()
-    y: torch.Tensor = NormReLU.apply(x, norm.weight, norm.bias, residual, mean, inverse, of_batch)
+    statistics = torch.empty(3, x.shape[1])
+    if not of_batch:
+        inverse = (norm.running_var + norm.eps).rsqrt()
+        torch.stack([norm.running_mean, inverse, norm.running_var], out=statistics)
+    y: torch.Tensor = NormReLU.apply(x, norm.weight, norm.bias, residual, statistics, norm.eps if of_batch else None)
+    if of_batch and norm.training and norm.track_running_stats and norm.running_mean is not None:
+        _update_(norm, statistics[0], statistics[2], x.numel() // x.shape[1])
     return y
-
-
-def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and variance of each channel, from differences to one of its values, against cancellation."""
-    pivot = x.movedim(1, -1)[(0,) * (x.dim() - 1)].float()
-    first, second = native.sums(x, pivot) / (x.numel() // x.shape[1])
-    return (pivot + first).float(), (second - first.square()).clamp(min=0.0).float()
 
 
 def _update_(norm: Any, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
@@ -138,7 +128,8 @@ def _update_(norm: Any, mean: torch.Tensor, var: torch.Tensor, count: int) -> No
 
 
 def _channels_last(t: torch.Tensor) -> torch.Tensor:
-    return t.movedim(1, -1).contiguous().movedim(-1, 1)
+    turned = t.movedim(1, -1)
+    return t if turned.is_contiguous() else turned.contiguous().movedim(-1, 1)
 
 
 class FusedBatchNorm2d(nn.BatchNorm2d):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -58,8 +58,8 @@ class Saver:
         """Store the tensors of a tensor, a QTensor, or None; return how to find them again."""
         if value is None or isinstance(value, torch.Tensor):
             return self._put(value)
-        parts = {f.name: getattr(value, f.name) for f in fields(value)}
-        held = {name: self.add(part) for name, part in parts.items() if _has_tensors(part)}
+        parts = {name: getattr(value, name) for name in value.__dataclass_fields__}
+        held = {name: self.add(part) for name, part in parts.items() if part is not None and _has_tensors(part)}
         return Handle(replace(value, **dict.fromkeys(held)), held)
 
     def _put(self, tensor: torch.Tensor | None) -> int | None:
@@ -81,5 +81,5 @@ class Saver:
 
 def _has_tensors(value: Any) -> bool:
     return isinstance(value, torch.Tensor) or (
-        is_dataclass(value) and not isinstance(value, Spec) and not isinstance(value, type)
+        not isinstance(value, (int, tuple, torch.dtype, Spec, type)) and is_dataclass(value)
     )

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from gradbits.core.checks import check_integer, check_number
-from gradbits.kernels.quantize import CodeMap
-from gradbits.quantizers.grids import Grid, GridValues, place_step
+from gradbits.kernels.quantize import CodeMap, place_step
+from gradbits.quantizers.grids import Grid, GridValues
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,7 @@ import torch
 
 from gradbits.core.checks import check_bits, check_choice
 from gradbits.core.spec import Spec
-from gradbits.kernels.quantize import CodeMap
-
-TINY = torch.finfo(torch.float32).tiny  # a smaller scale would have no finite reciprocal
+from gradbits.kernels.quantize import TINY, CodeMap, place_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +57,6 @@ class Grid(Spec):
     def place(self, low: torch.Tensor, high: torch.Tensor) -> GridValues:
         """Return the grid on [``low``, ``high``]; where the range is not finite, the scale is NaN."""
         raise NotImplementedError
-
-
-def place_step(width: torch.Tensor, steps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scale and reciprocal for ``steps`` steps over ``width``: 0 and 0 where the width is 0."""
-    scale = torch.where(width > 0, (width / steps).clamp(min=TINY), width)
-    scale = scale + (width - width)  # adds 0, or NaN where the width is not finite
-    return scale, torch.nan_to_num(scale.reciprocal(), nan=0.0, posinf=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

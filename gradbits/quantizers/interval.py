@@ -11,8 +11,8 @@ import torch
 from gradbits.core.checks import check_instance, check_number
 from gradbits.core.grain import Grain
 from gradbits.core.ranks import mean_over_ranks
-from gradbits.kernels.quantize import CodeMap
-from gradbits.quantizers.grids import TINY, Grid, GridValues
+from gradbits.kernels.quantize import TINY, CodeMap
+from gradbits.quantizers.grids import Grid, GridValues
 from gradbits.quantizers.ranges import RangeRule, State, min_max
 
 NARROWEST = 1e-6  # least width of an interval, relative to its ends

@@ -133,16 +133,37 @@ class Quantizer(Spec):
         rotation: Rotation | None = None
         if self.rotation is not None:
             x, rotation = self.rotation.apply(x, self.rotation.axis if axis is None else axis, self.bits, state)
-        low, high = self.range.limits_on(self.grid, x, self.grain, state, update)
         if not self.is_stochastic:
             noise = None
         elif noise is None:
             noise = NoiseKey.of(draw_seed())
+        if self._is_plain and x.numel():
+            return self._quantize_plain(x, noise, compute, dtype, rotation)
+        low, high = self.range.limits_on(self.grid, x, self.grain, state, update)
         q = self._digits(x, self.range.rescale(self.grid.place(low, high), state), noise, compute)
         if grouped:
             q, low, high = _ungroup(q, low, high, shape, tokens)
             rotation = None if rotation is None else rotation.of_group(tokens)
         return replace(q, dtype=dtype, rotation=rotation), low, high
+
+    @property
+    def _is_plain(self) -> bool:
+        return type(self.range) is AbsMax and type(self.grid) is Symmetric and type(self.grain) is PerTensor
+
+    def _quantize_plain(
+        self, x: torch.Tensor, noise: Noise, compute: str, dtype: torch.dtype, rotation: Rotation | None
+    ) -> tuple[QTensor, torch.Tensor, torch.Tensor]:
+        """Quantize by the largest magnitude: the most frequent case, as one operation."""
+        found = torch.empty(3, device=x.device)
+        compute = "auto" if compute == "simulate" else compute
+        codes = run(
+            "quantize_symmetric", Request(x.device.type), compute, x, self.grid.levels[1], noise, found
+        )
+        scale, low, high = found.view(3, *(1,) * x.dim()).unbind(0)
+        q = QTensor(
+            codes=codes, scale=scale, bits=self.bits, shape=x.shape, grain=self.grain, dtype=dtype, rotation=rotation
+        )
+        return q, low, high
 
     @property
     def _goes_by_rows(self) -> bool:

@@ -154,3 +154,33 @@ def test_one_openmp_runtime_is_loaded(native_level):
     except OSError:
         pytest.skip("this system does not list the libraries of a process")
     assert len(names) == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.lists(SIZES.filter(bool), min_size=0, max_size=4).filter(lambda s: math.prod(s) < 200_000),
+    dtype=st.sampled_from(DTYPES),
+    kind=st.sampled_from(["nearest", "key", "tensor"]),
+    layout=st.sampled_from(["plain", "turned", "gaps", "channels_last"]),
+    factor=st.sampled_from([1.0, 0.0, -0.0, 1e-42, 1e30, float("nan"), float("inf"), float("-inf")]),
+    largest=st.sampled_from([1, 7, 127]),
+    seed=st.integers(0, 1000),
+)
+def test_symmetric_equals_the_reference(native_level, shape, dtype, kind, layout, factor, largest, seed):
+    """Scale, range and codes in one call: also of zeros, tiny values and what is not finite."""
+    x = values(tuple(shape), dtype, seed)
+    if layout == "turned":
+        x = x.transpose(0, -1) if x.dim() > 1 else x
+    elif layout == "gaps" and x.dim() and x.shape[-1] > 1:
+        x = x[..., ::2]
+    elif layout == "channels_last" and x.dim() == 4:
+        x = x.to(memory_format=torch.channels_last)
+    x = x * factor
+    noise = noise_of(kind, x.shape, seed)
+    found, wanted = torch.empty(3), torch.empty(3)
+    got = native.quantize_symmetric(x, largest, noise, found)
+    want = reference.quantize_symmetric(x, largest, noise, wanted)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+    assert (got.dtype, got.shape) == (want.dtype, want.shape)
+    if bool(torch.isfinite(wanted).all()):
+        assert torch.equal(got, want)

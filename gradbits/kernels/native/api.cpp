@@ -45,6 +45,8 @@ GB_API int gradbits_quantize(int level, const QuantizeArgs* args) { return table
 
 GB_API int gradbits_range(int level, const RangeArgs* args) { return table(level)->range(args); }
 
+GB_API int gradbits_symmetric(int level, const SymmetricArgs* args) { return table(level)->symmetric(args); }
+
 GB_API int gradbits_rows(int level, const ProductArgs* args) { return table(level)->rows(args); }
 
 GB_API int gradbits_columns(int level, const ProductArgs* args) { return table(level)->columns(args); }

@@ -5,6 +5,7 @@ namespace {
 #include "noise.inl"
 #include "quantize.inl"
 #include "range.inl"
+#include "symmetric.inl"
 #include "weave.inl"
 #include "tile.inl"
 #include "epilogue.inl"

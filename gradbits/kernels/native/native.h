@@ -26,6 +26,13 @@ struct QuantizeArgs {
     int32_t dtype, mode, k0, k1, threads;
 };
 
+// One symmetric scale for all of x, which the kernel finds: r, low and high of `quantize` are not read.
+struct SymmetricArgs {
+    QuantizeArgs quantize;
+    float* found;   // scale, lowest and highest value of the range
+    float largest;  // code
+};
+
 struct RangeArgs {
     const void* x;
     float *low, *high;  // `count` entries each
@@ -81,22 +88,25 @@ struct SumsArgs {
     int32_t threads;
 };
 
-// Batch norm with shortcut and ReLU on `total` values in rows of `lanes`; parameters hold `lanes` entries.
+// Batch norm with shortcut and ReLU on `total` values whose channels are last in memory.
 struct NormArgs {
     const void *x, *other, *g;  // its input, the shortcut or null, the gradient of the result
     void *y, *rest;             // result, or gradient of x; gradient of the shortcut or null
-    uint8_t* mask;              // which results are positive, or null where no ReLU follows
-    const float *scale, *shift, *offset, *slope;
-    float* sums;  // [tasks, 2, lanes]
-    int64_t total, lanes, size;  // `size`: rows of one task
-    int32_t dtype, kind, threads;
+    uint8_t* mask;              // which results are positive
+    const float *weight, *bias;  // or null
+    float *mean, *inverse, *var;  // of the batch they are written (forward), else read; inverse: of the deviation
+    double* totals;               // [2, channels]; backward: gradients of bias and weight
+    float* room;                  // 4 rows of lanes, and 2 for each task
+    int64_t total, channels, lanes, size;  // a row of `lanes` values, a multiple of channels; a task has `size` rows
+    float eps;
+    int32_t of_batch, dtype, backward, threads;
 };
-enum { GB_NORM_SUMS = 0, GB_NORM_FORWARD = 1, GB_NORM_BACKWARD = 2 };
 
 struct Kernels {
     const char* name;
     int (*quantize)(const QuantizeArgs*);
     int (*range)(const RangeArgs*);
+    int (*symmetric)(const SymmetricArgs*);
     int (*rows)(const ProductArgs*);
     int (*columns)(const ProductArgs*);
     int (*pack)(const PackArgs*);

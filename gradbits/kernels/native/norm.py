@@ -1,16 +1,13 @@
-"""Batch norm with the shortcut and the ReLU behind it through the native library, in one pass over memory."""
+"""Batch norm with the shortcut and the ReLU behind it through the native library, in few passes over memory."""
 
 from __future__ import annotations
 
 import ctypes
-import math
-from collections.abc import Callable
 
 import torch
 
 from gradbits.kernels.native import library
 
-SUMS, FORWARD, BACKWARD = range(3)
 LEAST_LANES = 64  # fewer channels are repeated until a row is that long
 TASK_ROWS = 256  # rows that are summed in float32 before float64 takes over
 
@@ -19,10 +16,11 @@ class NormArgs(ctypes.Structure):
     """``NormArgs`` of native.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "other", "g", "y", "rest", "mask")),
-        *((name, ctypes.c_void_p) for name in ("scale", "shift", "offset", "slope", "sums")),
-        *((name, ctypes.c_int64) for name in ("total", "lanes", "size")),
-        *((name, ctypes.c_int32) for name in ("dtype", "kind", "threads")),
+        *((name, ctypes.c_void_p) for name in ("x", "other", "g", "y", "rest", "mask", "weight", "bias")),
+        *((name, ctypes.c_void_p) for name in ("mean", "inverse", "var", "totals", "room")),
+        *((name, ctypes.c_int64) for name in ("total", "channels", "lanes", "size")),
+        ("eps", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("of_batch", "dtype", "backward", "threads")),
     ]
 
 
@@ -37,87 +35,75 @@ def why_not(x: torch.Tensor) -> str | None:
     return library.why_not()
 
 
-def sums(
-    x: torch.Tensor, shift: torch.Tensor, g: torch.Tensor | None = None, mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Return, in float64 [2, C], the sums over all but the channels of v = x - shift and of v^2, or of g and of g v.
-
-    Args:
-        x: [N, C, *] with channels last in memory.
-        shift: [C].
-        g: like ``x``.
-        mask: bool, like ``x``: where ``g`` counts.
-    """
-    args, repeated, lanes = _args(x, SUMS)
-    kept = [repeated(shift)]
-    args.shift = kept[0].data_ptr()
-    args.g, args.mask = _pointer(g), _pointer(mask)
-    tasks = math.ceil(math.ceil(x.numel() / lanes) / TASK_ROWS)
-    parts = torch.empty(tasks, 2, lanes // x.shape[1], x.shape[1])
-    args.sums = parts.data_ptr()
-    library.loaded().call("gradbits_norm", args)
-    return parts.double().sum((0, 2))
-
-
 def forward(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, other: torch.Tensor | None, relu: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return ``x * scale + shift (+ other)``, behind a ReLU if wanted, and where it is positive.
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    other: torch.Tensor | None,
+    statistics: torch.Tensor,
+    eps: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``relu((x - mean) * inverse * weight + bias + other)`` and where it is positive.
 
     Args:
         x: [N, C, *] with channels last in memory.
-        scale, shift: [C].
+        weight, bias: float32 [C], or None.
         other: like ``x``, or None.
-        relu: whether a ReLU follows.
+        statistics: float32 [3, C]: mean, inverse of the deviation, variance.
+        eps: added to the variance of the batch, whose statistics are written; None takes those that are given.
     """
-    args, repeated, _ = _args(x, FORWARD)
-    kept = [repeated(scale), repeated(shift)]
-    y = torch.empty_like(x)
-    mask = torch.empty_like(x, dtype=torch.bool) if relu else None
-    args.scale, args.shift = (t.data_ptr() for t in kept)
-    args.other, args.mask, args.y = _pointer(other), _pointer(mask), y.data_ptr()
+    args, room = _args(x, weight, statistics)
+    y, mask = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+    totals = torch.empty(2, x.shape[1], dtype=torch.float64)
+    args.bias, args.other, args.totals = _pointer(bias), _pointer(other), totals.data_ptr()
+    args.mask, args.y, args.eps, args.of_batch = mask.data_ptr(), y.data_ptr(), eps or 0.0, eps is not None
     library.loaded().call("gradbits_norm", args)
+    del room
     return y, mask
 
 
 def backward(
     g: torch.Tensor,
     x: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
-    offset: torch.Tensor,
-    slope: torch.Tensor,
+    mask: torch.Tensor,
+    weight: torch.Tensor | None,
+    statistics: torch.Tensor,
+    of_batch: bool,
     other: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return ``(g - offset - (x - shift) slope) scale`` and, if ``other``, g itself; g is 0 where ``mask`` is False.
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Return the gradients of ``x``, of the shortcut if ``other``, and of bias and weight as float32 [2, C].
 
     Args:
         g, x, mask: [N, C, *] with channels last in memory.
-        scale, shift, offset, slope: [C].
-        other: whether g is wanted.
+        weight: float32 [C], or None.
+        statistics: float32 [3, C] of ``forward``.
+        of_batch: whether they depend on ``x``.
+        other: whether there was a shortcut.
     """
-    args, repeated, _ = _args(x, BACKWARD)
-    kept = [repeated(t) for t in (scale, shift, offset, slope)]
+    args, room = _args(x, weight, statistics)
     y, rest = torch.empty_like(x), torch.empty_like(x) if other else None
-    args.scale, args.shift, args.offset, args.slope = (t.data_ptr() for t in kept)
-    args.g, args.mask, args.y, args.rest = g.data_ptr(), _pointer(mask), y.data_ptr(), _pointer(rest)
+    totals = torch.empty(2, x.shape[1], dtype=torch.float64)
+    args.g, args.mask, args.y, args.rest = g.data_ptr(), mask.data_ptr(), y.data_ptr(), _pointer(rest)
+    args.totals, args.of_batch, args.backward = totals.data_ptr(), of_batch, 1
     library.loaded().call("gradbits_norm", args)
-    return y, rest
+    del room
+    return y, rest, totals.float()
 
 
-def _args(x: torch.Tensor, kind: int) -> tuple[NormArgs, Callable[[torch.Tensor], torch.Tensor], int]:
-    """Return what every call needs, what repeats a parameter over the lanes, and their number."""
-    channels = x.shape[1]
-    times = max(1, LEAST_LANES // channels) if channels < LEAST_LANES else 1
-    lanes = times * channels
-
-    def repeated(value: torch.Tensor) -> torch.Tensor:
-        return value.float().repeat(times) if times > 1 else value.float().contiguous()
-
-    args = NormArgs(x=x.data_ptr(), total=x.numel(), lanes=lanes, size=TASK_ROWS, kind=kind)
+def _args(
+    x: torch.Tensor, weight: torch.Tensor | None, statistics: torch.Tensor
+) -> tuple[NormArgs, torch.Tensor]:
+    """Return what every call needs, and the room that it works in."""
+    channels, total = x.shape[1], x.numel()
+    lanes = max(1, LEAST_LANES // channels) * channels
+    tasks = -(-total // (lanes * TASK_ROWS))
+    room = torch.empty(lanes * (4 + 2 * tasks))
+    mean = statistics.data_ptr()
+    args = NormArgs(x=x.data_ptr(), weight=_pointer(weight), room=room.data_ptr(), total=total)
+    args.mean, args.inverse, args.var = mean, mean + 4 * channels, mean + 8 * channels
+    args.channels, args.lanes, args.size = channels, lanes, TASK_ROWS
     args.dtype, args.threads = int(x.dtype == torch.bfloat16), library.loaded().threads
-    return args, repeated, lanes
+    return args, room
 
 
 def _pointer(value: torch.Tensor | None) -> int | None:

@@ -4,5 +4,5 @@
 
 #define GB_ISA portable
 #include "bodies.inl"
-const Kernels gb_portable = {"portable", portable::quantize, portable::range, portable::rows, portable::columns,
+const Kernels gb_portable = {"portable", portable::quantize, portable::range, portable::symmetric, portable::rows, portable::columns,
                             portable::pack, portable::unpack, portable::sums, portable::norm};

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 
@@ -75,11 +76,20 @@ def _batched(epilogue: Epilogue, flat: tuple[int, ...], full: tuple[int, ...]) -
 
 def _conv_args(x: torch.Tensor, g: ConvGeometry, groups: int, channels: int) -> ProductArgs:
     """Return arguments for patches of codes ``x`` [N, C, *spatial] in any memory order."""
+    args = ProductArgs.from_buffer_copy(_patch_args(x.shape, x.stride(), g, groups, channels))
+    args.x = x.data_ptr()
+    return args
+
+
+@lru_cache(maxsize=1024)
+def _patch_args(
+    shape: torch.Size, s: tuple[int, ...], g: ConvGeometry, groups: int, channels: int
+) -> ProductArgs:
+    """Return the arguments that do not change from call to call, to be copied."""
     args = plain_args()
-    args.x, args.samples, args.channels, args.groups = x.data_ptr(), x.shape[0], channels, groups
-    s = x.stride()
+    args.samples, args.channels, args.groups = shape[0], channels, groups
     args.x_group, args.x_sample, args.x_channel, args.x_axis = channels * s[1], s[0], s[1], triple(s[2:], 0)
-    args.size, args.count, args.taps = triple(x.shape[2:], 1), triple(g.output_size, 1), triple(g.kernel_size, 1)
+    args.size, args.count, args.taps = triple(shape[2:], 1), triple(g.output_size, 1), triple(g.kernel_size, 1)
     args.stride, args.padding, args.dilation = triple(g.stride, 1), triple(g.padding, 0), triple(g.dilation, 1)
     return args
 

@@ -37,6 +37,12 @@ class QuantizeArgs(ctypes.Structure):
     ]
 
 
+class SymmetricArgs(ctypes.Structure):
+    """``SymmetricArgs`` of native.h."""
+
+    _fields_ = [("quantize", QuantizeArgs), ("found", ctypes.c_void_p), ("largest", ctypes.c_float)]
+
+
 class RangeArgs(ctypes.Structure):
     """``RangeArgs`` of native.h."""
 
@@ -89,22 +95,51 @@ def quantize(x: torch.Tensor, code_map: CodeMap, noise: Noise = None) -> torch.T
         return keep[-1].data_ptr()
 
     if total:
-        mode, key, explicit = NEAREST, NoiseKey(0, 0), None
-        if isinstance(noise, NoiseKey):
-            mode, key = KEYED, noise
-        elif noise is not None:
-            mode = EXPLICIT
-            keep.append(noise.to(torch.float32).permute(order).contiguous())
-            explicit = keep[-1].data_ptr()
+        mode, key, explicit = _noise_of(noise, order)
         args = QuantizeArgs(
             x.data_ptr(), codes.data_ptr(), outer, count, total // (outer * count),
-            pointer(code_map.inverse), pointer(code_map.shift), pointer(code_map.zero), explicit,
+            pointer(code_map.inverse), pointer(code_map.shift), pointer(code_map.zero), _pointer(explicit),
             code_map.low, code_map.high, DTYPES[x.dtype], mode, key.k0, key.k1, lib.threads,
         )  # fmt: skip
         lib.call("gradbits_quantize", args)
+    return _in_order_of(codes, order)
+
+
+def quantize_symmetric(x: torch.Tensor, largest: int, noise: Noise, found: torch.Tensor) -> torch.Tensor:
+    """Return codes and fill ``found`` as ``gradbits.kernels.quantize.quantize_symmetric`` does."""
+    lib = library.loaded()
+    x, order = _dense(x)
+    codes = torch.empty(x.shape if x.is_contiguous() else [x.shape[axis] for axis in order], dtype=torch.int8)
+    mode, key, explicit = _noise_of(noise, order)
+    args = SymmetricArgs(
+        QuantizeArgs(
+            x.data_ptr(), codes.data_ptr(), 1, 1, codes.numel(), None, None, None, _pointer(explicit),
+            0, 0, DTYPES[x.dtype], mode, key.k0, key.k1, lib.threads,
+        ),
+        found.data_ptr(), largest,
+    )  # fmt: skip
+    lib.call("gradbits_symmetric", args)
+    return _in_order_of(codes, order)
+
+
+def _noise_of(noise: Noise, order: tuple[int, ...]) -> tuple[int, NoiseKey, torch.Tensor | None]:
+    """Return where rounding noise comes from: the mode, the key, the noise itself in memory order."""
+    if isinstance(noise, NoiseKey):
+        return KEYED, noise, None
+    if noise is None:
+        return NEAREST, NoiseKey(0, 0), None
+    return EXPLICIT, NoiseKey(0, 0), noise.to(torch.float32).permute(order).contiguous()
+
+
+def _pointer(value: torch.Tensor | None) -> int | None:
+    return None if value is None else value.data_ptr()
+
+
+def _in_order_of(codes: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """Return ``codes``, whose axes are in memory order, with the axes that the values had."""
     if list(order) == sorted(order):
         return codes
-    return codes.permute(sorted(range(x.dim()), key=order.__getitem__))
+    return codes.permute(sorted(range(len(order)), key=order.__getitem__))
 
 
 def min_max(x: torch.Tensor, axis: int | None = None) -> torch.Tensor:
