@@ -93,7 +93,9 @@ def quantize(x: torch.Tensor, code_map: CodeMap, noise: Noise = None) -> torch.T
     return codes.permute(inverse_order)
 
 
-def quantize_symmetric(x: torch.Tensor, largest: int, noise: Noise, found: torch.Tensor) -> torch.Tensor:
+def quantize_symmetric(
+    x: torch.Tensor, largest: int, noise: Noise, found: torch.Tensor, width: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return int8 codes of ``x`` on one symmetric scale for its largest magnitude c, s = c / ``largest``.
 
     Args:
@@ -101,13 +103,16 @@ def quantize_symmetric(x: torch.Tensor, largest: int, noise: Noise, found: torch
         largest: the highest code.
         noise: as for ``quantize``.
         found: float32 [3], receives s, -c and c; s is NaN where ``x`` is not finite.
+        width: float32 c of one element, where it is known.
 
     >>> found = torch.empty(3)
     >>> quantize_symmetric(torch.tensor([-14.0, 3.1]), 7, None, found).tolist(), found.tolist()
     ([-7, 2], [2.0, -14.0, 14.0])
     """
-    low, high = torch.stack(torch.aminmax(x)).float()
-    width = torch.maximum(-low, high)
+    if width is None:
+        low, high = torch.stack(torch.aminmax(x)).float()
+        width = torch.maximum(-low, high)
+    width = width.reshape(())
     scale, inverse = place_step(width, largest)
     torch.stack([scale, -width, width], out=found)
     return quantize(x, CodeMap(inverse, -largest, largest), noise)

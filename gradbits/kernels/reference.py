@@ -56,7 +56,7 @@ def _int_product32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if not int_mm_is_exact(a.device.type):
         return a.int() @ b.int() if a.device.type == "cpu" else (a.double() @ b.double()).to(torch.int32)
     if a.device.type == "cpu":
-        return torch._int_mm(_regular(a), _regular(b))
+        return torch._int_mm(regular(a), regular(b))
     # cuBLASLt wants more than 16 rows and multiples of 8
     m, k, n = a.shape[0], a.shape[1], b.shape[1]
     rows, inner, columns = max(m, 24), k + -k % 8, n + -n % 8
@@ -66,7 +66,7 @@ def _int_product32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch._int_mm(a.contiguous(), b.contiguous())[:m, :n]
 
 
-def _regular(x: torch.Tensor) -> torch.Tensor:
+def regular(x: torch.Tensor) -> torch.Tensor:
     """Give axes of size 1 their ordinary strides: ``_int_mm`` on CPU is silently wrong with others (torch 195066)."""
     return x.reshape(-1).view(x.shape) if 1 in x.shape else x
 

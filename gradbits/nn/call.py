@@ -13,6 +13,7 @@ from gradbits.core.noise import NoiseKey
 from gradbits.core.qtensor import QTensor, Rotation
 from gradbits.nn.bilinear import Bilinear
 from gradbits.nn.shared import Shared
+from gradbits.quantizers.known import note_width
 from gradbits.quantizers.quantizer import Quantizer
 from gradbits.quantizers.ranges import State
 from gradbits.recipes.recipe import Recipe
@@ -154,6 +155,8 @@ class Call:
             tokens=self.products.tokens,
             axis=None if q.rotation is None else self.products.own_axis(role, q.rotation.axis),
         )
+        if role == "gradient" and q.is_plain:  # the other backward product asks next
+            note_width(value, high)
         if self.on_nonfinite == "raise" and not bool(torch.isfinite(codes.scale).all()):
             raise NonFiniteError(f"{role} of layer {self.name!r} holds NaN or Inf (on_nonfinite='raise')")
         if shared is not None:

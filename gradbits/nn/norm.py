@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from gradbits.core.checks import check_module
 from gradbits.core.errors import NothingToQuantizeError
 from gradbits.kernels.native import norm as native
+from gradbits.quantizers.known import note_width
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 LEAST = 1 << 19  # elements from which on one pass was measured to be faster, see benchmarks/fused_norm.py
@@ -37,7 +38,8 @@ class NormReLU(torch.autograd.Function):
         ``statistics`` [3, C] are mean, inverse of the deviation and variance: with ``eps`` written for the batch, with
         None given.
         """
-        y, mask = native.forward(x, weight, bias, residual, statistics, eps)
+        y, mask, widest = native.forward(x, weight, bias, residual, statistics, eps)
+        note_width(y, widest)
         ctx.save_for_backward(x, weight, statistics, mask)
         ctx.of_batch, ctx.has_bias, ctx.has_residual = eps is not None, bias is not None, residual is not None
         return y
@@ -48,9 +50,10 @@ class NormReLU(torch.autograd.Function):
         """Compute the gradients of input, weight, bias and residual."""
         x, weight, statistics, mask = ctx.saved_tensors
         x, mask, g = (_channels_last(t) for t in (x, mask, grads[0].to(x.dtype)))
-        grad, rest, (grad_bias, grad_weight) = native.backward(
+        grad, rest, (grad_bias, grad_weight), widest = native.backward(
             g, x, mask, weight, statistics, ctx.of_batch, ctx.has_residual
         )
+        note_width(grad, widest)
         return (
             grad, None if weight is None else grad_weight, grad_bias if ctx.has_bias else None, rest, None, None
         )  # fmt: skip

@@ -16,6 +16,7 @@ from gradbits.kernels.dispatch import Request, run
 from gradbits.kernels.quantize import CodeMap, Noise
 from gradbits.quantizers.estimators import STE, StraightThrough
 from gradbits.quantizers.grids import Grid, GridValues, Symmetric
+from gradbits.quantizers.known import known_width
 from gradbits.quantizers.ranges import AbsMax, RangeRule, State
 from gradbits.quantizers.rotation import RotationRule
 
@@ -125,7 +126,7 @@ class Quantizer(Spec):
                 what = self.rotation if self.rotation is not None and self.rotation.init_state() else self.range
                 raise ArgumentError(f"state=None: {type(what).__name__} remembers; pass init_state()")
             state = {}
-        shape, dtype, x = x.shape, x.dtype, x.detach()
+        shape, dtype, width, x = x.shape, x.dtype, known_width(x), x.detach()
         grouped = tokens > 1 and self.rows == "sample" and self._goes_by_rows and x.dim() > 1
         if grouped:
             x = x.reshape(shape[0] // tokens, tokens, *shape[1:]).flatten(1)
@@ -137,8 +138,8 @@ class Quantizer(Spec):
             noise = None
         elif noise is None:
             noise = NoiseKey.of(draw_seed())
-        if self._is_plain and x.numel():
-            return self._quantize_plain(x, noise, compute, dtype, rotation)
+        if self.is_plain and x.numel():
+            return self._quantize_plain(x, noise, compute, dtype, rotation, width if rotation is None else None)
         low, high = self.range.limits_on(self.grid, x, self.grain, state, update)
         q = self._digits(x, self.range.rescale(self.grid.place(low, high), state), noise, compute)
         if grouped:
@@ -147,17 +148,24 @@ class Quantizer(Spec):
         return replace(q, dtype=dtype, rotation=rotation), low, high
 
     @property
-    def _is_plain(self) -> bool:
+    def is_plain(self) -> bool:
+        """Whether its range is that of the tensor's largest magnitude, of this tensor alone."""
         return type(self.range) is AbsMax and type(self.grid) is Symmetric and type(self.grain) is PerTensor
 
     def _quantize_plain(
-        self, x: torch.Tensor, noise: Noise, compute: str, dtype: torch.dtype, rotation: Rotation | None
+        self,
+        x: torch.Tensor,
+        noise: Noise,
+        compute: str,
+        dtype: torch.dtype,
+        rotation: Rotation | None,
+        width: torch.Tensor | None,
     ) -> tuple[QTensor, torch.Tensor, torch.Tensor]:
         """Quantize by the largest magnitude: the most frequent case, as one operation."""
         found = torch.empty(3, device=x.device)
         compute = "auto" if compute == "simulate" else compute
         codes = run(
-            "quantize_symmetric", Request(x.device.type), compute, x, self.grid.levels[1], noise, found
+            "quantize_symmetric", Request(x.device.type), compute, x, self.grid.levels[1], noise, found, width
         )
         scale, low, high = found.view(3, *(1,) * x.dim()).unbind(0)
         q = QTensor(

@@ -15,6 +15,7 @@ from gradbits.core.errors import NothingToQuantizeError
 from gradbits.kernels.native import library
 from gradbits.nn import norm_relu, unfuse_
 from gradbits.nn.norm import NormReLU, why_not_fused
+from gradbits.quantizers.known import known_width
 from gradbits.train.models import build_model
 
 NATIVE = pytest.mark.skipif(library.why_not() is not None, reason=f"no native kernels: {library.why_not()}")
@@ -223,3 +224,22 @@ def test_packed_activations(bits):
     got = torch.autograd.grad(y, x, g)[0]
     assert (got - exact[1]).norm() < {8: 0.02, 4: 0.3}[bits] * exact[1].norm()
     assert packed.tally.after < (bits / 8 + 0.17) * x.numel()  # the values, and a bit for each mask
+
+
+@NATIVE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [None, float("nan"), float("inf")])
+def test_the_largest_magnitude_is_that_of_the_result(dtype, bad):
+    _, fused = norms(24)
+    x, g = images(6, 24, 7, 5, dtype=dtype), images(6, 24, 7, 5, dtype=dtype, seed=2).detach()
+    if bad is not None:
+        with torch.no_grad():
+            x[3, 5, 2, 2] = bad
+    y = norm_relu(fused, x)
+    grads = []
+    x.register_hook(grads.append)
+    y.backward(g)
+    for t in (y, grads[0]):
+        width, found = t.detach().abs().max().float(), known_width(t)
+        assert found is not None
+        assert torch.equal(found, width) or bool(found.isnan() & width.isnan())

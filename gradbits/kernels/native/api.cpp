@@ -51,6 +51,8 @@ GB_API int gradbits_rows(int level, const ProductArgs* args) { return table(leve
 
 GB_API int gradbits_columns(int level, const ProductArgs* args) { return table(level)->columns(args); }
 
+GB_API int gradbits_finish(int level, const FinishArgs* args) { return table(level)->finish(args); }
+
 GB_API int gradbits_pack(int level, const PackArgs* args) { return table(level)->pack(args); }
 
 GB_API int gradbits_unpack(int level, const PackArgs* args) { return table(level)->unpack(args); }

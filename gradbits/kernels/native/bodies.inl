@@ -10,10 +10,12 @@ namespace {
 #include "tile.inl"
 #include "epilogue.inl"
 #include "blocks.inl"
+#include "finish.inl"
 #include "rows.inl"
 #include "columns.inl"
 #include "pack.inl"
 #include "sums.inl"
+#include "norm_lanes.inl"
 #include "norm.inl"
 }  // namespace
 }  // namespace GB_ISA

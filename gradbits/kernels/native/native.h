@@ -29,8 +29,9 @@ struct QuantizeArgs {
 // One symmetric scale for all of x, which the kernel finds: r, low and high of `quantize` are not read.
 struct SymmetricArgs {
     QuantizeArgs quantize;
-    float* found;   // scale, lowest and highest value of the range
-    float largest;  // code
+    const float* width;  // the largest magnitude of x where it is known, or null
+    float* found;        // scale, lowest and highest value of the range
+    float largest;       // code
 };
 
 struct RangeArgs {
@@ -72,6 +73,13 @@ struct ProductArgs {
     int32_t threads;
 };
 
+// Sums [count[2], columns] of a product, which get its epilogue; the result may be where they are. What lies behind the
+// last row may be read, up to 60 bytes of it.
+struct FinishArgs {
+    const int32_t* sums;
+    ProductArgs product;
+};
+
 // `count` codes of 2 or 4 bits (`width`), the first in the lowest bits of a byte.
 struct PackArgs {
     const void* from;
@@ -96,6 +104,7 @@ struct NormArgs {
     const float *weight, *bias;  // or null
     float *mean, *inverse, *var;  // of the batch they are written (forward), else read; inverse: of the deviation
     double* totals;               // [2, channels]; backward: gradients of bias and weight
+    float* widest;                // largest magnitude of y
     float* room;                  // 4 rows of lanes, and 2 for each task
     int64_t total, channels, lanes, size;  // a row of `lanes` values, a multiple of channels; a task has `size` rows
     float eps;
@@ -109,6 +118,7 @@ struct Kernels {
     int (*symmetric)(const SymmetricArgs*);
     int (*rows)(const ProductArgs*);
     int (*columns)(const ProductArgs*);
+    int (*finish)(const FinishArgs*);
     int (*pack)(const PackArgs*);
     int (*unpack)(const PackArgs*);
     int (*sums)(const SumsArgs*);

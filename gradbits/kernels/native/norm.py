@@ -17,7 +17,7 @@ class NormArgs(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "other", "g", "y", "rest", "mask", "weight", "bias")),
-        *((name, ctypes.c_void_p) for name in ("mean", "inverse", "var", "totals", "room")),
+        *((name, ctypes.c_void_p) for name in ("mean", "inverse", "var", "totals", "widest", "room")),
         *((name, ctypes.c_int64) for name in ("total", "channels", "lanes", "size")),
         ("eps", ctypes.c_float),
         *((name, ctypes.c_int32) for name in ("of_batch", "dtype", "backward", "threads")),
@@ -42,8 +42,8 @@ def forward(
     other: torch.Tensor | None,
     statistics: torch.Tensor,
     eps: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``relu((x - mean) * inverse * weight + bias + other)`` and where it is positive.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return ``relu((x - mean) * inverse * weight + bias + other)``, where it is positive, and its largest value.
 
     Args:
         x: [N, C, *] with channels last in memory.
@@ -53,13 +53,15 @@ def forward(
         eps: added to the variance of the batch, whose statistics are written; None takes those that are given.
     """
     args, room = _args(x, weight, statistics)
+    widest = torch.empty(())
     y, mask = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
     totals = torch.empty(2, x.shape[1], dtype=torch.float64)
     args.bias, args.other, args.totals = _pointer(bias), _pointer(other), totals.data_ptr()
     args.mask, args.y, args.eps, args.of_batch = mask.data_ptr(), y.data_ptr(), eps or 0.0, eps is not None
+    args.widest = widest.data_ptr()
     library.loaded().call("gradbits_norm", args)
     del room
-    return y, mask
+    return y, mask, widest
 
 
 def backward(
@@ -70,8 +72,9 @@ def backward(
     statistics: torch.Tensor,
     of_batch: bool,
     other: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Return the gradients of ``x``, of the shortcut if ``other``, and of bias and weight as float32 [2, C].
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """Return the gradients of ``x``, of the shortcut if ``other``, of bias and weight as float32 [2, C]; the largest
+    magnitude of the first.
 
     Args:
         g, x, mask: [N, C, *] with channels last in memory.
@@ -81,13 +84,15 @@ def backward(
         other: whether there was a shortcut.
     """
     args, room = _args(x, weight, statistics)
+    widest = torch.empty(())
     y, rest = torch.empty_like(x), torch.empty_like(x) if other else None
     totals = torch.empty(2, x.shape[1], dtype=torch.float64)
     args.g, args.mask, args.y, args.rest = g.data_ptr(), mask.data_ptr(), y.data_ptr(), _pointer(rest)
     args.totals, args.of_batch, args.backward = totals.data_ptr(), of_batch, 1
+    args.widest = widest.data_ptr()
     library.loaded().call("gradbits_norm", args)
     del room
-    return y, rest, totals.float()
+    return y, rest, totals.float(), widest
 
 
 def _args(

@@ -73,6 +73,12 @@ class ProductArgs(ctypes.Structure):
     ]
 
 
+class FinishArgs(ctypes.Structure):
+    """``FinishArgs`` of native.h."""
+
+    _fields_ = [("sums", ctypes.c_void_p), ("product", ProductArgs)]
+
+
 def triple(values: Sequence[int], fill: int) -> ctypes.Array[ctypes.c_int64]:
     """Return up to three numbers as the last of three, ``fill`` before them."""
     return Triple(*(fill,) * (3 - len(values)), *values)

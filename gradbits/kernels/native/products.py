@@ -11,7 +11,7 @@ from gradbits.kernels import reference
 from gradbits.kernels.dispatch import INT32_TERMS, Epilogue
 from gradbits.kernels.geometry import ConvGeometry, channels_first, grad_input_phases, terms_of
 from gradbits.kernels.native import library
-from gradbits.kernels.native.product_args import TERMS, ProductArgs, Result, plain_args, triple
+from gradbits.kernels.native.product_args import TERMS, FinishArgs, ProductArgs, Result, plain_args, triple
 
 LARGE = 1 << 22  # sums of a matrix product that leave the caches
 NARROW = 16  # groups of fewer channels are merged until they fill a register
@@ -27,10 +27,27 @@ def matmul(a: torch.Tensor, b: torch.Tensor, epilogue: Epilogue) -> torch.Tensor
     Measured: a single matrix is multiplied faster by ``torch._int_mm``, where that is exact, as long as the int32 sums
     that it leaves for the epilogue stay in the caches.
     """
-    small = a.dim() == 2 and a.shape[0] * b.shape[1] < LARGE
-    if small and reference.int_mm_is_exact("cpu"):
-        return reference.matmul(a, b, epilogue)
+    small = a.dim() == 2 and 0 < a.shape[0] * b.shape[1] < LARGE and 0 < a.shape[1] <= INT32_TERMS
+    if small and _fits(epilogue) and reference.int_mm_is_exact("cpu"):
+        return _finished(a, b, epilogue)
     return own_matmul(a, b, epilogue)
+
+
+def _finished(a: torch.Tensor, b: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
+    """Return the product with sums by ``torch._int_mm``, which become floats where they are."""
+    m, n, lib = a.shape[0], b.shape[1], library.loaded()
+    room = torch.empty(m * n + 16, dtype=torch.int32)  # the kernel reads by 16
+    sums = room[: m * n].view(m, n)
+    torch._int_mm(reference.regular(a), reference.regular(b), out=sums)
+    stored = _stored(epilogue)
+    y = sums.view(torch.float32) if stored == torch.float32 else torch.empty(m, n, dtype=stored)
+    args = FinishArgs(sums.data_ptr(), plain_args())
+    product = args.product
+    product.columns, product.count = n, triple((m,), 1)
+    result = Result((1, m, n), _batched(epilogue, (1, m, n), (m, n)), matrix="position")
+    result.fill(product, y.unsqueeze(0), lib)
+    lib.call("gradbits_finish", args)
+    return y.to(epilogue.dtype)
 
 
 def own_matmul(a: torch.Tensor, b: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:

@@ -40,7 +40,12 @@ class QuantizeArgs(ctypes.Structure):
 class SymmetricArgs(ctypes.Structure):
     """``SymmetricArgs`` of native.h."""
 
-    _fields_ = [("quantize", QuantizeArgs), ("found", ctypes.c_void_p), ("largest", ctypes.c_float)]
+    _fields_ = [
+        ("quantize", QuantizeArgs),
+        ("width", ctypes.c_void_p),
+        ("found", ctypes.c_void_p),
+        ("largest", ctypes.c_float),
+    ]
 
 
 class RangeArgs(ctypes.Structure):
@@ -105,7 +110,9 @@ def quantize(x: torch.Tensor, code_map: CodeMap, noise: Noise = None) -> torch.T
     return _in_order_of(codes, order)
 
 
-def quantize_symmetric(x: torch.Tensor, largest: int, noise: Noise, found: torch.Tensor) -> torch.Tensor:
+def quantize_symmetric(
+    x: torch.Tensor, largest: int, noise: Noise, found: torch.Tensor, width: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return codes and fill ``found`` as ``gradbits.kernels.quantize.quantize_symmetric`` does."""
     lib = library.loaded()
     x, order = _dense(x)
@@ -116,7 +123,7 @@ def quantize_symmetric(x: torch.Tensor, largest: int, noise: Noise, found: torch
             x.data_ptr(), codes.data_ptr(), 1, 1, codes.numel(), None, None, None, _pointer(explicit),
             0, 0, DTYPES[x.dtype], mode, key.k0, key.k1, lib.threads,
         ),
-        found.data_ptr(), largest,
+        _pointer(width), found.data_ptr(), largest,
     )  # fmt: skip
     lib.call("gradbits_symmetric", args)
     return _in_order_of(codes, order)

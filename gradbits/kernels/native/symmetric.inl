@@ -1,15 +1,19 @@
 // Values to codes of one symmetric scale: range, scale and codes in one call. Compiled once per instruction set.
 
+static float width_of(const QuantizeArgs* q) {
+    float low, high;
+    RangeArgs args = {q->x, &low, &high, 1, 1, q->inner, q->dtype, q->threads};
+    range(&args);
+    return -low > high || low != low ? -low : high;
+}
+
 static int symmetric(const SymmetricArgs* p) {
     QuantizeArgs q = p->quantize;
-    float low, high;
-    RangeArgs range_args = {q.x, &low, &high, 1, 1, q.inner, q.dtype, q.threads};
-    range(&range_args);
-    const float width = -low > high || low != low ? -low : high, least = 0x1p-126f;
+    const float width = p->width ? *p->width : width_of(&q), least_scale = 0x1p-126f;
     float scale = width;
     if (width > 0.0f) {
         scale = width / p->largest;
-        if (scale < least) scale = least;
+        if (scale < least_scale) scale = least_scale;
     }
     scale += width - width;  // adds 0, or NaN where the width is not finite
     float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;

@@ -1,0 +1,28 @@
+"""The largest magnitude of a tensor, noted on it by who has seen every value, so that nobody need look again."""
+
+from __future__ import annotations
+
+import torch
+
+
+def note_width(x: torch.Tensor, width: torch.Tensor) -> None:
+    """Note that ``width``, one number, is the largest magnitude of ``x``; a change in place makes it void.
+
+    Not for what others may change behind PyTorch's back: parameters (by ``.data``), inputs (by NumPy).
+    """
+    x.gradbits_width = (x._version, x.data_ptr(), width)  # type: ignore[attr-defined]
+
+
+def known_width(x: torch.Tensor) -> torch.Tensor | None:
+    """Return the largest magnitude of ``x`` where it has been noted.
+
+    >>> x = torch.tensor([1.0, -3.0]); note_width(x, torch.tensor(3.0)); known_width(x).item()
+    3.0
+    >>> known_width(x.mul_(2.0)) is None, known_width(x[:1]) is None
+    (True, True)
+    """
+    found = getattr(x, "gradbits_width", None)
+    if found is None or found[:2] != (x._version, x.data_ptr()):
+        return None
+    width: torch.Tensor = found[2]
+    return width
