@@ -6,6 +6,7 @@ import torch
 
 from gradbits.core.packing import pack_codes, unpack_codes
 from gradbits.kernels.dispatch import Kernel, Request
+from gradbits.kernels.quantize import memory_order
 
 
 def min_max(x: torch.Tensor, axis: int | None = None) -> torch.Tensor:
@@ -42,10 +43,39 @@ def sum_codes(codes: torch.Tensor, axis: int) -> torch.Tensor:
     return codes.sum(axis, keepdim=True, dtype=torch.int32)
 
 
+def digest(x: torch.Tensor) -> torch.Tensor:
+    """Return an int64 number that tells the bytes of ``x``, in memory order, from others: a check, not a proof.
+
+    Every 2^18 bytes are 128 polynomials of 32-bit words, so one changed word always changes the result.
+
+    >>> x = torch.arange(6.0); before = digest(x).item(); x.data[2] = 7.0; before == digest(x).item()
+    False
+    """
+    order = memory_order(x)
+    data = (x if order is None else x.permute(order)).contiguous().reshape(-1).view(torch.uint8)
+    value = torch.tensor(data.numel(), dtype=torch.int64, device=x.device)
+    for piece in data.split(1 << 18):
+        words = torch.nn.functional.pad(piece, (0, -piece.numel() % 512)).view(torch.int32).long() & 0xFFFFFFFF
+        powers = [1]
+        for _ in range(words.numel() // 128 - 1):
+            powers.append(powers[-1] * 0x9E3779B1 & 0xFFFFFFFF)
+        factors = torch.tensor(powers[::-1], dtype=torch.int64, device=x.device)
+        lanes = (words.view(-1, 128) * factors[:, None]).sum(0) & 0xFFFFFFFF  # int64 wraps: the low 32 bits are right
+        sums = torch.zeros_like(value)
+        for lane in lanes:
+            sums = sums * _signed(0x9E3779B97F4A7C15) + lane
+        value = value * _signed(0xD1342543DE82EF95) + sums
+    return value
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
+
+
 def kernels() -> tuple[Kernel, ...]:
     """Return the kernels of this backend."""
 
     def always(request: Request) -> str | None:
         return None
 
-    return tuple(Kernel(f.__name__, "torch", f, always) for f in (min_max, pack, unpack, sum_codes))
+    return tuple(Kernel(f.__name__, "torch", f, always) for f in (min_max, pack, unpack, sum_codes, digest))

@@ -12,6 +12,7 @@ from gradbits.core.errors import NonFiniteError
 from gradbits.core.noise import NoiseKey
 from gradbits.core.qtensor import QTensor, Rotation
 from gradbits.nn.bilinear import Bilinear
+from gradbits.nn.kept_weights import keep_codes, kept_codes
 from gradbits.nn.shared import Shared
 from gradbits.quantizers.known import note_width
 from gradbits.quantizers.quantizer import Quantizer
@@ -146,6 +147,9 @@ class Call:
         shared = Shared.of(value, q, self.products.tokens) if (role, self.compute) == ("input", "auto") else None
         if shared is not None and shared.codes is not None:
             return shared.codes, None
+        weight = role == "weight" and product == "output" and self.compute == "auto"
+        if weight and (known := kept_codes(value, q)) is not None:
+            return known, None
         codes, low, high = q.quantize_with_range(
             value,
             noise=self.key(product, role) if q.is_stochastic else None,
@@ -161,6 +165,8 @@ class Call:
             raise NonFiniteError(f"{role} of layer {self.name!r} holds NaN or Inf (on_nonfinite='raise')")
         if shared is not None:
             shared.keep(codes)
+        if weight:
+            keep_codes(value, q, codes)
         if role == "gradient" or q.estimator.learns or not (q.range.can_clip or q.estimator.shapes):
             return codes, None
         turned = value if codes.rotation is None else codes.rotation.forward(value)

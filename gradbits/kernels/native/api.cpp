@@ -60,4 +60,6 @@ GB_API int gradbits_unpack(int level, const PackArgs* args) { return table(level
 GB_API int gradbits_sums(int level, const SumsArgs* args) { return table(level)->sums(args); }
 
 GB_API int gradbits_norm(int level, const NormArgs* args) { return table(level)->norm(args); }
+
+GB_API int gradbits_digest(int level, const DigestArgs* args) { return table(level)->digest(args); }
 }

@@ -17,5 +17,6 @@ namespace {
 #include "sums.inl"
 #include "norm_lanes.inl"
 #include "norm.inl"
+#include "digest.inl"
 }  // namespace
 }  // namespace GB_ISA

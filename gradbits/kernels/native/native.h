@@ -96,6 +96,14 @@ struct SumsArgs {
     int32_t threads;
 };
 
+// A digest of `bytes` bytes; `pieces` is room for one number of each 2^18 of them.
+struct DigestArgs {
+    const void* x;
+    uint64_t *pieces, *digest;
+    int64_t bytes;
+    int32_t threads;
+};
+
 // Batch norm with shortcut and ReLU on `total` values whose channels are last in memory.
 struct NormArgs {
     const void *x, *other, *g;  // its input, the shortcut or null, the gradient of the result
@@ -123,6 +131,7 @@ struct Kernels {
     int (*unpack)(const PackArgs*);
     int (*sums)(const SumsArgs*);
     int (*norm)(const NormArgs*);
+    int (*digest)(const DigestArgs*);
 };
 
 extern const Kernels gb_avx512, gb_avx2, gb_portable;
