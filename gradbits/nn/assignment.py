@@ -25,6 +25,8 @@ class Assignment:
         seen: while set, the layer computes so that autograd can differentiate it twice, see
             ``gradbits.nn.twice.twice_differentiable``.
         shapes: of the operands in the layer's last call, and the input's spatial size; None before the first.
+        learns: whether its quantizers have parameters of their own.
+        number: stands for the layer in the graphs of ``torch.compile``, see ``gradbits.nn.compiled``.
         link: what ties the layer to a graph that quantizes its input and folds its batch norm, or None.
     """
 
@@ -36,6 +38,8 @@ class Assignment:
     seen: Seen | None = None
     shapes: tuple[dict[str, torch.Size], tuple[int, ...]] | None = field(default=None, compare=False)
     link: GraphLink | None = None
+    learns: bool = False
+    number: int = field(default=0, compare=False)
 
 
 class GraphLink(Protocol):

@@ -13,6 +13,7 @@ from torch import nn
 from gradbits.core.checks import check_bits, check_choice, check_module
 from gradbits.core.errors import ArgumentError, DtypeError, FallbackError, NothingToQuantizeError
 from gradbits.kernels.dispatch import COMPUTE
+from gradbits.nn.compiled import register
 from gradbits.nn.function import ON_NONFINITE
 from gradbits.nn.graph import trace
 from gradbits.nn.layers import QUANTIZED_CLASSES, Assignment, Quantized, init_states, spatial_example
@@ -225,6 +226,8 @@ def _assign(
     module.assignment.slots = slots
     if states is not None:
         module.quantizers = states.to(device)
+        module.assignment.learns = any(True for _ in states.parameters())
+    register(module)
 
 
 def _to_float(module: Any) -> None:

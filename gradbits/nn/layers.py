@@ -15,6 +15,7 @@ from gradbits.core.grain import PerChannel
 from gradbits.core.noise import draw_seed
 from gradbits.nn.assignment import Assignment, QuantizerStates
 from gradbits.nn.bilinear import Bilinear, LinearProducts, MatmulProducts
+from gradbits.nn.compiled import call, register
 from gradbits.nn.conv_products import conv_products
 from gradbits.nn.function import Call, QuantizedProduct
 from gradbits.nn.matmul import Matmul
@@ -29,6 +30,18 @@ class Quantized:
 
     float_class: ClassVar[type[nn.Module]]
     assignment: Assignment
+
+    def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Return the output for an input and the layer's parameters; for a product of two tensors ``weight`` is one."""
+        raise NotImplementedError
+
+    def like_output(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Return a tensor of the shape and memory order of the output, computed in float."""
+        raise NotImplementedError
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        register(self)
 
     def products(self, input_size: tuple[int, ...]) -> Bilinear:
         """Return the layer's three products for an input of spatial size ``input_size``."""
@@ -185,13 +198,18 @@ class QuantizedLinear(Quantized, nn.Linear):
         sizes = {"input": self.in_features, "gradient": self.out_features}
         return sizes.get(role, self.weight.shape[axis])
 
-    @torch.compiler.disable(recursive=True)
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return ``input`` [..., in_features] times the transposed weight plus the bias."""
-        _check_size(self, input, (1,), self.weight.shape[1], "features")
-        rows = input.reshape(input.shape[:-1].numel(), input.shape[-1])
-        y: torch.Tensor = self.run(rows, self.weight, self.bias, tuple(input.shape[1:-1]))
-        return y.view(*input.shape[:-1], self.out_features)
+        return call(self, input, self.weight, self.bias)
+
+    def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        _check_size(self, x, (1,), weight.shape[1], "features")
+        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        y: torch.Tensor = self.run(rows, weight, bias, tuple(x.shape[1:-1]))
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def like_output(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 class QuantizedMatmul(Quantized, Matmul):
@@ -202,17 +220,23 @@ class QuantizedMatmul(Quantized, Matmul):
     def products(self, input_size: tuple[int, ...]) -> Bilinear:
         return MatmulProducts()
 
-    @torch.compiler.disable(recursive=True)
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Return ``a`` [..., M, K] times ``b`` [..., K, N]."""
+        return call(self, a, b, None)
+
+    def like_output(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return torch.matmul(x, weight).contiguous()
+
+    def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        a, b = x, weight
         for operand, name in ((a, "a"), (b, "b")):
             refuse_transforms(self.assignment.name, operand)
             if operand.dim() == 0:
                 raise ArgumentError(f"{name}: has no axes; a matrix product needs at least one")
         if a.dim() == 1:
-            return self.forward(a.unsqueeze(0), b).squeeze(-1 if b.dim() == 1 else -2)
+            return self.compute(a.unsqueeze(0), b).squeeze(-1 if b.dim() == 1 else -2)
         if b.dim() == 1:
-            return self.forward(a, b.unsqueeze(1)).squeeze(-1)
+            return self.compute(a, b.unsqueeze(1)).squeeze(-1)
         if a.shape[-1] != b.shape[-2]:
             shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
             raise ArgumentError(f"a, b: shapes {shapes} of layer {self.assignment.name!r} do not fit together")
@@ -243,10 +267,18 @@ class _QuantizedConv(Quantized):
         sizes = {"input": layer.in_channels, "gradient": layer.out_channels}
         return int(sizes.get(role, layer.weight.shape[axis]))
 
-    @torch.compiler.disable(recursive=True)
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the convolution of ``input`` [N, C, *] or [C, *]."""
         layer: Any = self
+        return call(self, input, layer.weight, layer.bias)
+
+    def like_output(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        layer: Any = self
+        return _in_format_of(layer._conv_forward(x, weight.to(x.dtype), None), x, weight)
+
+    def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        layer: Any = self
+        input = x
         spatial = len(layer.kernel_size)
         _check_size(self, input, (spatial + 1, spatial + 2), layer.in_channels, "channels")
         x = input if input.dim() == spatial + 2 else input.unsqueeze(0)
@@ -263,8 +295,8 @@ class _QuantizedConv(Quantized):
                 f"input: padded spatial size {size} of layer {self.assignment.name!r} is smaller than its kernel "
                 f"{tuple(layer.kernel_size)} with dilation {tuple(layer.dilation)}"
             )
-        y = self.run(x, layer.weight, layer.bias, size)
-        return _in_format_of(y if input.dim() == spatial + 2 else y.squeeze(0), input, layer.weight)
+        y = self.run(x, weight, bias, size)
+        return _in_format_of(y if input.dim() == spatial + 2 else y.squeeze(0), input, weight)
 
 
 def _same_padding(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
