@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -149,3 +151,37 @@ def test_the_dispatcher_prefers_the_library(native_level):
         op = "conv_output" if request.spatial else "matmul"
         assert choose(op, request).backend == "native"
         assert choose(op, request, "simulate").backend == "simulate"
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_depthwise_convolutions(native_level, data):
+    """Channels last in 1 to 3 dimensions: whole blocks of lanes and parts of them; taps that meet nothing."""
+    draw = data.draw
+    g, _, _ = geometry_of(draw)
+    channels = draw(st.sampled_from([2, 3, 15, 16, 17, 64, 65, 130]))
+    g = replace(g, groups=channels)
+    n = draw(st.sampled_from([0, 1, 2, 3]))
+    x, w = codes(draw, n, channels, *g.input_size), codes(draw, channels, 1, *g.kernel_size)
+    grad = codes(draw, n, channels, *g.output_size)
+    x, grad = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, grad))
+    e = epilogue(draw, grad.shape)
+    check(native.conv_output(x, w, g, e), simulate.conv_output(x, w, g, e))
+    e = epilogue(draw, x.shape)
+    check(native.conv_grad_input(grad, w, g, e), simulate.conv_grad_input(grad, w, g, e))
+    e = epilogue(draw, w.shape)
+    check(native.conv_grad_weight(grad, x, g, e), simulate.conv_grad_weight(grad, x, g, e))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_depthwise_sums_beyond_32_bits(native_level, threads):
+    """More products in a sum of ``grad_weight`` than int32 holds."""
+    g = ConvGeometry((1,), (1,), (1,), 16, (50_000,), (3,))
+    x = torch.full((4, 50_000, 16), -128, dtype=torch.int8).movedim(-1, 1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for e in (Epilogue(torch.tensor(1.0)), Epilogue(torch.rand(16, 1, 1), (), None, torch.bfloat16)):
+            check(native.conv_grad_weight(x, x, g, e), simulate.conv_grad_weight(x, x, g, e))
+    finally:
+        torch.set_num_threads(before)

@@ -53,6 +53,10 @@ GB_API int gradbits_columns(int level, const ProductArgs* args) { return table(l
 
 GB_API int gradbits_finish(int level, const FinishArgs* args) { return table(level)->finish(args); }
 
+GB_API int gradbits_depth_rows(int level, const ProductArgs* args) { return table(level)->depth_rows(args); }
+
+GB_API int gradbits_depth_columns(int level, const ProductArgs* args) { return table(level)->depth_columns(args); }
+
 GB_API int gradbits_pack(int level, const PackArgs* args) { return table(level)->pack(args); }
 
 GB_API int gradbits_unpack(int level, const PackArgs* args) { return table(level)->unpack(args); }

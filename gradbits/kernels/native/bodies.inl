@@ -11,6 +11,7 @@ namespace {
 #include "epilogue.inl"
 #include "blocks.inl"
 #include "finish.inl"
+#include "depthwise.inl"
 #include "rows.inl"
 #include "columns.inl"
 #include "pack.inl"

@@ -127,6 +127,8 @@ struct Kernels {
     int (*rows)(const ProductArgs*);
     int (*columns)(const ProductArgs*);
     int (*finish)(const FinishArgs*);
+    int (*depth_rows)(const ProductArgs*);     // rows and columns where groups have one channel and one column, and
+    int (*depth_columns)(const ProductArgs*);  // x_group (for columns w_group too) is 1
     int (*pack)(const PackArgs*);
     int (*unpack)(const PackArgs*);
     int (*sums)(const SumsArgs*);

@@ -95,9 +95,7 @@ def backward(
     return y, rest, totals.float(), widest
 
 
-def _args(
-    x: torch.Tensor, weight: torch.Tensor | None, statistics: torch.Tensor
-) -> tuple[NormArgs, torch.Tensor]:
+def _args(x: torch.Tensor, weight: torch.Tensor | None, statistics: torch.Tensor) -> tuple[NormArgs, torch.Tensor]:
     """Return what every call needs, and the room that it works in."""
     channels, total = x.shape[1], x.numel()
     lanes = max(1, LEAST_LANES // channels) * channels

@@ -143,7 +143,8 @@ def conv_output(x: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry, epilog
     if not _fits(epilogue) or terms_of("conv_output", geometry, 1, w.shape) > INT32_TERMS:
         return reference.conv_output(x, w, geometry, epilogue)
     g, lib = geometry, library.loaded()
-    merged = _merged(g.groups, w.shape[1])
+    depthwise = _is_depthwise(x, w.shape[0], w.shape[1], g)
+    merged = 1 if depthwise else _merged(g.groups, w.shape[1])
     out = _empty_like_order((x.shape[0], w.shape[0], *g.output_size), _stored(epilogue), x, w)
     groups, w = g.groups // merged, _dense(w, g.groups, merged)
     args = _conv_args(x, g, groups, w.shape[1])
@@ -153,8 +154,13 @@ def conv_output(x: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry, epilog
     args.step = triple(_strides_of(g.output_size), 0)
     result = Result(out.shape, epilogue, groups)
     result.fill(args, out, lib)
-    lib.call("gradbits_rows", args)
+    lib.call("gradbits_depth_rows" if depthwise else "gradbits_rows", args)
     return out.to(epilogue.dtype)
+
+
+def _is_depthwise(x: torch.Tensor, columns: int, channels: int, g: ConvGeometry) -> bool:
+    """Whether every group of ``x`` has one channel and gives one, and channels are adjacent in memory."""
+    return g.groups > 1 and channels == 1 and columns == g.groups and x.stride(1) == 1
 
 
 def conv_grad_input(grad: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry, epilogue: Epilogue) -> torch.Tensor:
@@ -162,7 +168,9 @@ def conv_grad_input(grad: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry,
     if not _fits(epilogue) or terms_of("conv_grad_input", geometry, 1, w.shape) > INT32_TERMS:
         return reference.conv_grad_input(grad, w, geometry, epilogue)
     g, lib = geometry, library.loaded()
-    merged = _merged(g.groups, w.shape[0] // g.groups)
+    depthwise = _is_depthwise(grad, w.shape[0], w.shape[1], g)
+    rows = "gradbits_depth_rows" if depthwise else "gradbits_rows"
+    merged = 1 if depthwise else _merged(g.groups, w.shape[0] // g.groups)
     shape = (grad.shape[0], w.shape[1] * g.groups, *g.input_size)
     out = _empty_like_order(shape, _stored(epilogue), grad, w)
     groups, w = g.groups // merged, _dense(w, g.groups, merged)
@@ -178,7 +186,7 @@ def conv_grad_input(grad: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry,
         # no tap meets some positions: first give all of them the epilogue of an empty sum
         args.channels, args.taps, args.count = 0, triple((), 1), triple(g.input_size, 1)
         args.w, args.first, args.step = w.data_ptr(), 0, triple(flat, 0)
-        lib.call("gradbits_rows", args)
+        lib.call(rows, args)
         args.channels = channels
     for phase in phases:
         taps = [range(*part.indices(k)) for part, k in zip(phase.taps, g.kernel_size, strict=True)]
@@ -190,14 +198,15 @@ def conv_grad_input(grad: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry,
         args.padding, args.dilation = triple(phase.low, 0), triple(phase.dilation, 1)
         args.first = sum(r.start * f for r, f in zip(places, flat, strict=True))
         args.step = triple([r.step * f for r, f in zip(places, flat, strict=True)], 0)
-        lib.call("gradbits_rows", args)
+        lib.call(rows, args)
     return out.to(epilogue.dtype)
 
 
 def conv_grad_weight(grad: torch.Tensor, x: torch.Tensor, geometry: ConvGeometry, epilogue: Epilogue) -> torch.Tensor:
     """Return the gradient of the weight from codes ``grad`` [N, Co, *] and ``x`` [N, Ci, *]."""
     g, ci = geometry, x.shape[1] // geometry.groups
-    merged = _merged(g.groups, max(ci, grad.shape[1] // g.groups))
+    depthwise = _is_depthwise(x, grad.shape[1], ci, g) and grad.stride(1) == 1 and _fits(epilogue)
+    merged = 1 if depthwise else _merged(g.groups, max(ci, grad.shape[1] // g.groups))
     if merged > 1:
         co, taps = grad.shape[1] // g.groups, math.prod(g.kernel_size)
         dense = _grad_weight(grad, x, g, g.groups // merged, Epilogue(torch.ones(())))
@@ -206,10 +215,13 @@ def conv_grad_weight(grad: torch.Tensor, x: torch.Tensor, geometry: ConvGeometry
         return epilogue.apply_(sums)
     if not _fits(epilogue):
         return reference.conv_grad_weight(grad, x, geometry, epilogue)
-    return _grad_weight(grad, x, g, g.groups, epilogue).to(epilogue.dtype)
+    kernel = "gradbits_depth_columns" if depthwise else "gradbits_columns"
+    return _grad_weight(grad, x, g, g.groups, epilogue, kernel).to(epilogue.dtype)
 
 
-def _grad_weight(grad: torch.Tensor, x: torch.Tensor, g: ConvGeometry, groups: int, e: Epilogue) -> torch.Tensor:
+def _grad_weight(
+    grad: torch.Tensor, x: torch.Tensor, g: ConvGeometry, groups: int, e: Epilogue, kernel: str = "gradbits_columns"
+) -> torch.Tensor:
     lib, s = library.loaded(), grad.stride()
     channels, columns = x.shape[1] // groups, grad.shape[1] // groups
     y = _empty_like_order((grad.shape[1], channels, *g.kernel_size), _stored(e), grad, x)
@@ -218,7 +230,7 @@ def _grad_weight(grad: torch.Tensor, x: torch.Tensor, g: ConvGeometry, groups: i
     args.w_group, args.w_column, args.w_channel, args.w_tap = columns * s[1], s[1], s[0], triple(s[2:], 0)
     result = Result(y.shape, e, groups, group_axis=0)
     result.fill(args, y, lib)
-    lib.call("gradbits_columns", args)
+    lib.call(kernel, args)
     return y
 
 
