@@ -5,7 +5,7 @@ A thin wrapper around ``gradbits train --compare``: fp32, bf16, ``int8_dynamic``
 
     python benchmarks/fqt_gpt.py [--text FILE] [--steps N] [--seeds 0,1,2] [--limit N] [--out FOLDER]
 
-A large text with a free licence is in the Debian package ``nodejs``: ``/usr/share/doc/nodejs/api/all.html`` (8.4 MB).
+A large text with a free licence is in the Debian package ``nodejs-doc``: ``/usr/share/doc/nodejs/api/all.html`` (5.9 MB).
 """
 
 from __future__ import annotations
