@@ -5,7 +5,7 @@ A thin wrapper around ``gradbits train --compare``: fp32, bf16, ``int8_dynamic``
 
     python benchmarks/fqt_gpt.py [--text FILE] [--steps N] [--seeds 0,1,2] [--limit N] [--out FOLDER]
 
-A large text with a free licence is in the Debian package ``nodejs-doc``: ``/usr/share/doc/nodejs/api/all.html`` (5.9 MB).
+A large text with a free licence: ``/usr/share/doc/nodejs/api/all.html`` (5.9 MB), Debian package ``nodejs-doc``.
 """
 
 from __future__ import annotations
