@@ -98,9 +98,7 @@ class Quantizer(Spec):
             DtypeError: ``x`` is not a floating-point tensor.
             ArgumentError: the rule remembers, and no state was given.
         """
-        q, _, _ = self.quantize_with_range(
-            x, noise=noise, state=state, update=update, compute=compute, tokens=tokens
-        )
+        q, _, _ = self.quantize_with_range(x, noise=noise, state=state, update=update, compute=compute, tokens=tokens)
         return q
 
     def quantize_with_range(
@@ -139,7 +137,7 @@ class Quantizer(Spec):
         elif noise is None:
             noise = NoiseKey.of(draw_seed())
         if self.is_plain and x.numel():
-            return self._quantize_plain(x, noise, compute, dtype, rotation, width if rotation is None else None)
+            return self._quantize_plain(x, noise, compute, dtype, width)
         low, high = self.range.limits_on(self.grid, x, self.grain, state, update)
         q = self._digits(x, self.range.rescale(self.grid.place(low, high), state), noise, compute)
         if grouped:
@@ -149,8 +147,13 @@ class Quantizer(Spec):
 
     @property
     def is_plain(self) -> bool:
-        """Whether its range is that of the tensor's largest magnitude, of this tensor alone."""
-        return type(self.range) is AbsMax and type(self.grid) is Symmetric and type(self.grain) is PerTensor
+        """Whether its range is the largest magnitude of the whole tensor as it is given."""
+        return (
+            self.rotation is None
+            and type(self.range) is AbsMax
+            and type(self.grid) is Symmetric
+            and type(self.grain) is PerTensor
+        )
 
     def _quantize_plain(
         self,
@@ -158,19 +161,14 @@ class Quantizer(Spec):
         noise: Noise,
         compute: str,
         dtype: torch.dtype,
-        rotation: Rotation | None,
         width: torch.Tensor | None,
     ) -> tuple[QTensor, torch.Tensor, torch.Tensor]:
         """Quantize by the largest magnitude: the most frequent case, as one operation."""
         found = torch.empty(3, device=x.device)
         compute = "auto" if compute == "simulate" else compute
-        codes = run(
-            "quantize_symmetric", Request(x.device.type), compute, x, self.grid.levels[1], noise, found, width
-        )
+        codes = run("quantize_symmetric", Request(x.device.type), compute, x, self.grid.levels[1], noise, found, width)
         scale, low, high = found.view(3, *(1,) * x.dim()).unbind(0)
-        q = QTensor(
-            codes=codes, scale=scale, bits=self.bits, shape=x.shape, grain=self.grain, dtype=dtype, rotation=rotation
-        )
+        q = QTensor(codes=codes, scale=scale, bits=self.bits, shape=x.shape, grain=self.grain, dtype=dtype)
         return q, low, high
 
     @property
