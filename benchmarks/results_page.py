@@ -18,7 +18,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 LOGS = ROOT / "benchmarks" / "logs"
-DOCUMENTS = ("README.md", "README.zh-CN.md", "docs/results.md", "docs/recipes.md", "docs/benchmarks.md")
+PAGES = ("results", "recipes", "benchmarks", "memory")
+DOCUMENTS = ("README.md", "README.zh-CN.md", *(f"docs/{page}.md" for page in PAGES))
 HEADS = {
     "en": ("network", "test accuracy", "bits per byte", "vs fp32", "step", "saved for backward", "gradient bits"),
     "zh": ("网络", "测试准确率", "每字节比特数", "与 fp32 之差", "单步时间", "为反向传播保存", "梯度位数"),
