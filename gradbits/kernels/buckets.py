@@ -155,6 +155,7 @@ def decode_buckets(
     bits: int,
     count: int,
     out: torch.Tensor | None = None,
+    add: bool = True,
 ) -> torch.Tensor:
     """Return the values of ``count`` packed symbols as float32 [n], or add them to ``out``.
 
@@ -162,7 +163,8 @@ def decode_buckets(
         packed: what ``encode_buckets`` returned.
         norms, levels, bucket, bits: as for ``encode_buckets``; the levels may be any finite numbers.
         count: n.
-        out: float32 [n], contiguous; the values are added to it and it is returned.
+        out: float32 [n], contiguous; the values go there and it is returned.
+        add: whether they are added to what ``out`` holds.
 
     Raises:
         CorruptDataError: a symbol that has no level; ``out`` may have been changed in part.
@@ -176,10 +178,10 @@ def decode_buckets(
     values = torch.empty(count, dtype=torch.float32, device=packed.device) if out is None else out
     for start, stop, index in _pieces(count, bucket):
         piece = levels[symbols[start:stop].int()].view(index.stop - index.start, -1) * norms[index][:, None]
-        if out is None:
-            values[start:stop] = piece.view(-1)
-        else:
+        if out is not None and add:
             values[start:stop] += piece.view(-1)
+        else:
+            values[start:stop] = piece.view(-1)
     return values
 
 

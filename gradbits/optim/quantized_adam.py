@@ -229,7 +229,7 @@ class QuantizedAdam(torch.optim.Optimizer):
         if encoder is not None and buffers.layout.coded:
             for row in range(len(buffers.coded)):
                 frame = encoder.encode(buffers.coded[row], buffers.layout, row)
-                buffers.coded[row] = encoder.decode(frame, buffers.layout, buffers.coded.device)
+                encoder.decode_into(frame, buffers.layout, buffers.coded[row])
         self._read(buffers)
 
     def _step_group(self, buffers: GroupBuffers) -> None:
@@ -266,7 +266,9 @@ class QuantizedAdam(torch.optim.Optimizer):
         for row in range(transport.world):
             frame, values = self._frame(encoder, buffers, buffers.coded[row], row, error[row])
             if row == transport.rank:
-                own = own if encoder is None else encoder.decode(frame, layout, own.device)
+                if encoder is not None:
+                    own = torch.empty_like(own)
+                    encoder.decode_into(frame, layout, own)
                 messages.append(None)
             else:
                 messages.append(pack(self._message(buffers, frame, torch.cat([values, buffers.raw[row]]))))
@@ -274,10 +276,12 @@ class QuantizedAdam(torch.optim.Optimizer):
         coded, raw = torch.zeros_like(own), torch.zeros_like(buffers.raw[0])
         for sender, data in enumerate(received):  # in the order of the ranks, whoever adds
             if sender == transport.rank:
-                coded, raw = coded + own, raw + buffers.raw[sender]
+                coded += own
+                raw += buffers.raw[sender]
             else:
                 found, plain = self._open(buffers, encoder, data, sender)
-                coded, raw = coded + found, raw + plain
+                coded += found
+                raw += plain
         for slot in layout.coded:
             parameter = self._parameters[slot.name]
             slot.read(error, self.state[parameter]["e"])
@@ -347,7 +351,10 @@ class QuantizedAdam(torch.optim.Optimizer):
                 raw=plain + layout.raw_width,
             )
             raw = message.raw.to(device)
-            coded = raw[:plain] if encoder is None else encoder.decode(message.frame, layout, device)
+            if encoder is None:
+                return raw[:plain], raw[plain:]
+            coded = torch.empty(layout.coded_width, device=device)
+            encoder.decode_into(message.frame, layout, coded)
         except CorruptDataError as error:
             raise CorruptDataError(f"the message from rank {sender} arrived damaged ({error})") from error
         return coded, raw[plain:]

@@ -84,16 +84,20 @@ class LevelCodec(Codec):
             parts["levels"] = levels
         else:
             parts["grid"] = levels.new_tensor([self.multiplier, float(self.layout == "magnitude")])
-        return Payload(
-            codec=self.name, shape=x.shape, dtype=x.dtype, bits=self.bits, bucket=self.bucket, parts=parts
-        )
+        return Payload(codec=self.name, shape=x.shape, dtype=x.dtype, bits=self.bits, bucket=self.bucket, parts=parts)
 
     def decode(self, payload: Payload) -> torch.Tensor:
         return restore(decode_levels(payload, self.name), payload)
 
+    def decode_into(self, payload: Payload, out: torch.Tensor, *, add: bool = False) -> None:
+        if payload.dtype == torch.float32 and payload.device == out.device:
+            decode_levels(payload, self.name, out, add)
+        else:
+            super().decode_into(payload, out, add=add)
 
-def decode_levels(payload: Payload, codec: str, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the flat float32 values of a payload of symbols, norms and levels, or add them to ``out``.
+
+def decode_levels(payload: Payload, codec: str, out: torch.Tensor | None = None, add: bool = True) -> torch.Tensor:
+    """Return the flat float32 values of a payload of symbols, norms and levels, or put them into ``out``.
 
     Raises:
         CorruptDataError: the parts do not fit together.
@@ -107,7 +111,8 @@ def decode_levels(payload: Payload, codec: str, out: torch.Tensor | None = None)
     levels = _levels_of(payload)
     if not bool((norms >= 0).all() & torch.isfinite(norms).all()):
         raise CorruptDataError("payload: norms must be finite and at least 0")
-    return run("decode_buckets", Request(codes.device.type), "auto", codes, norms, levels, bucket, bits, count, out)
+    request = Request(codes.device.type)
+    return run("decode_buckets", request, "auto", codes, norms, levels, bucket, bits, count, out, add)
 
 
 def _levels_of(payload: Payload) -> torch.Tensor:

@@ -52,6 +52,11 @@ class Payload:
         return sum(p.numel() * p.element_size() for p in self.parts.values())
 
     @property
+    def device(self) -> torch.device:
+        """Where the parts are; the processor where there are none."""
+        return next((part.device for part in self.parts.values()), torch.device("cpu"))
+
+    @property
     def bits_per_element(self) -> float:
         """Bits of all parts per element of the tensor; 0 for an empty tensor."""
         return 8 * self.nbytes / self.numel if self.numel else 0.0
@@ -124,6 +129,23 @@ class Codec(Spec):
             CorruptDataError: the payload is not one that this codec makes.
         """
         raise NotImplementedError
+
+    def decode_into(self, payload: Payload, out: torch.Tensor, *, add: bool = False) -> None:
+        """Write the values of ``payload`` to ``out``, or add them to it: no new tensor where the codec can do without.
+
+        Args:
+            payload: of as many elements as ``out``.
+            out: flat contiguous float32.
+            add: whether ``out`` keeps what it holds, as a sum over ranks does.
+
+        Raises:
+            CorruptDataError: as for ``decode``; ``out`` may have been changed in part.
+        """
+        values = self.decode(payload).reshape(-1)
+        if add:
+            out += values.to(out)
+        else:
+            out.copy_(values)
 
     def statistics(self, x: torch.Tensor) -> torch.Tensor:
         """Return what ``adapt`` needs to know of ``x``: a float64 vector of fixed length that ranks and steps add up.

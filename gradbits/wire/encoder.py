@@ -63,18 +63,25 @@ class Encoder:
                 key = NoiseKey.of(self.seed + index, stream)
                 payload = self.codec.encode(values[piece], key, self.state)
                 if error is not None:
-                    torch.sub(values[piece], self.codec.decode(payload).view(-1), out=error[piece])
+                    lost = error[piece]
+                    self.codec.decode_into(payload, lost)
+                    torch.sub(values[piece], lost, out=lost)
                 frames.append(to_frame(payload))
             return frames[0] if len(frames) == 1 else _join(frames)
 
-    def decode(self, frame: torch.Tensor, layout: GroupLayout, device: torch.device) -> torch.Tensor:
-        """Return the row of float32 values that ``encode`` made the frame of.
+    def decode_into(self, frame: torch.Tensor, layout: GroupLayout, out: torch.Tensor, *, add: bool = False) -> None:
+        """Write the row of values that ``encode`` made the frame of to ``out``, or add them.
+
+        Args:
+            frame: of the row.
+            layout: of the group.
+            out: the row, flat contiguous float32.
+            add: whether ``out`` keeps what it holds.
 
         Raises:
-            CorruptDataError: the frame is damaged or holds something else.
+            CorruptDataError: the frame is damaged or holds something else; ``out`` may have been changed in part.
         """
         pieces = self._pieces(layout)
-        values = torch.empty(layout.coded_width, device=device)
         with self.traffic.timed("decode"):
             frames = [frame] if len(pieces) == 1 else _split(frame, len(pieces))
             for piece, part in zip(pieces, frames, strict=True):
@@ -82,11 +89,7 @@ class Encoder:
                 if payload.shape != (count,) or payload.dtype != torch.float32:
                     found = f"{payload.dtype} of shape {list(payload.shape)}"
                     raise CorruptDataError(f"frame: holds {found}, not {count} values")
-                decoded = self.codec.decode(payload)
-                if len(pieces) == 1:
-                    return decoded.to(device)
-                values[piece] = decoded.to(device)
-        return values
+                self.codec.decode_into(payload, out[piece], add=add)
 
     def _pieces(self, layout: GroupLayout) -> list[slice]:
         """Return what is encoded at once: a row where a codec has buckets, else each parameter with its own scale."""

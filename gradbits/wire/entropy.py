@@ -53,6 +53,9 @@ class EntropyCodec(Wrapper):
     def decode(self, payload: Payload) -> torch.Tensor:
         return self.codec.decode(plain(payload))
 
+    def decode_into(self, payload: Payload, out: torch.Tensor, *, add: bool = False) -> None:
+        self.codec.decode_into(plain(payload), out, add=add)
+
     def compress(self, payload: Payload) -> Payload:
         """Return ``payload`` with its codes coded, or as it is where that would be longer."""
         raise NotImplementedError

@@ -137,7 +137,7 @@ def reduce_rows(buffers: GroupBuffers, flags: torch.Tensor, encoder: Encoder, tr
             message = unpack(
                 data, sender=sender, step=encoder.step, group=group, flags=len(flags), raw=layout.raw_width
             )
-            coded += encoder.decode(message.frame, layout, device)
+            encoder.decode_into(message.frame, layout, coded, add=True)
         except CorruptDataError as damage:
             culprit, reason = sender, str(damage)
             continue
@@ -198,7 +198,7 @@ def _spread(
             found = unpack(
                 data, sender=sender, step=encoder.step, group=layout.index, flags=len(flags), raw=layout.raw_width
             )
-            buffers.coded[sender] = encoder.decode(found.frame, layout, buffers.coded.device)
+            encoder.decode_into(found.frame, layout, buffers.coded[sender])
         except CorruptDataError as damage:
             culprit = Damage(sender=sender, receiver=rank, reason=str(damage))
             continue

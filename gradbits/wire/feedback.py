@@ -95,3 +95,6 @@ class ErrorFeedback(Wrapper):
 
     def decode(self, payload: Payload) -> torch.Tensor:
         return self.codec.decode(payload)
+
+    def decode_into(self, payload: Payload, out: torch.Tensor, *, add: bool = False) -> None:
+        self.codec.decode_into(payload, out, add=add)

@@ -121,6 +121,7 @@ def decode_buckets(
     bits: int,
     count: int,
     out: torch.Tensor | None = None,
+    add: bool = True,
 ) -> torch.Tensor:
     """Return the values of ``count`` packed symbols as ``gradbits.kernels.buckets.decode_buckets`` does."""
     if packed.numel() < packing.symbol_bytes(bits, count) or norms.numel() * bucket < count:
@@ -129,7 +130,7 @@ def decode_buckets(
     values = torch.empty(count, dtype=torch.float32) if out is None else out
     args = BucketArgs(packed=packed.data_ptr(), norms=norms.data_ptr(), levels=levels.data_ptr(), out=values.data_ptr())
     args.count, args.bucket, args.bits = count, max(1, min(bucket, count)), bits
-    args.level_count, args.add, args.threads = levels.numel(), out is not None, lib.threads
+    args.level_count, args.add, args.threads = levels.numel(), out is not None and add, lib.threads
     if lib.status("gradbits_decode_buckets", args):
         raise CorruptDataError(f"codes: a symbol has no level; there are {levels.numel()} levels")
     return values

@@ -84,6 +84,12 @@ class Sign(Codec):
     def decode(self, payload: Payload) -> torch.Tensor:
         return _decode(payload, self.name)
 
+    def decode_into(self, payload: Payload, out: torch.Tensor, *, add: bool = False) -> None:
+        if payload.dtype == torch.float32 and payload.device == out.device:
+            _decode_values(payload, self.name, out, add)
+        else:
+            super().decode_into(payload, out, add=add)
+
 
 def _payload(name: str, x: torch.Tensor, positive: torch.Tensor, values: torch.Tensor) -> Payload:
     codes = run("pack_symbols", Request(x.device.type), "auto", positive.to(torch.uint8), 1)
@@ -91,11 +97,18 @@ def _payload(name: str, x: torch.Tensor, positive: torch.Tensor, values: torch.T
 
 
 def _decode(payload: Payload, name: str) -> torch.Tensor:
+    return restore(_decode_values(payload, name), payload)
+
+
+def _decode_values(payload: Payload, name: str, out: torch.Tensor | None = None, add: bool = False) -> torch.Tensor:
     count = check_payload(payload, name, least_bits=1, most_bits=1)
     codes = payload.part("codes", torch.uint8, symbol_bytes(1, count))
     values = payload.part("values", torch.float32, 2)
     if not bool(torch.isfinite(values).all()):
         raise CorruptDataError("payload: a value is not finite")
     norms = torch.ones(1, device=codes.device)
-    decoded = run("decode_buckets", Request(codes.device.type), "auto", codes, norms, values, max(count, 1), 1, count)
-    return restore(decoded, payload)
+    request = Request(codes.device.type)
+    decoded: torch.Tensor = run(
+        "decode_buckets", request, "auto", codes, norms, values, max(count, 1), 1, count, out, add
+    )
+    return decoded
