@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 LOGS = ROOT / "benchmarks" / "logs"
-PAGES = ("results", "recipes", "benchmarks", "memory")
+PAGES = tuple(page.stem for page in sorted((ROOT / "docs").glob("*.md")))
 DOCUMENTS = ("README.md", "README.zh-CN.md", *(f"docs/{page}.md" for page in PAGES))
 HEADS = {
     "en": ("network", "test accuracy", "bits per byte", "vs fp32", "step", "saved for backward", "gradient bits"),
