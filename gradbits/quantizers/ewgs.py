@@ -18,16 +18,28 @@ from gradbits.quantizers.ranges import State
 
 
 def scale_gradient(
-    grad: torch.Tensor, normalised: torch.Tensor, discretized: torch.Tensor, delta: torch.Tensor | float
+    grad: torch.Tensor,
+    normalised: torch.Tensor,
+    discretized: torch.Tensor,
+    delta: torch.Tensor | float,
+    out: torch.Tensor | None = None,
+    spare: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""Return :math:`g_{x_n} = g_{x_q}\,(1 + \delta\,\mathrm{sign}(g_{x_q})\,(x_n - x_q))`, element by element.
+
+    Args:
+        grad: ``g``, by the discretized values.
+        normalised, discretized: ``x_n`` and ``x_q``.
+        delta: ``δ``.
+        out: receives the result; may be ``discretized``.
+        spare: memory like ``grad`` to work in.
 
     >>> x, q = torch.tensor([0.4, 0.4]), torch.tensor([1 / 3, 1 / 3])
     >>> [round(g, 4) for g in scale_gradient(torch.tensor([2.0, -2.0]), x, q, 0.5).tolist()]
     [2.0667, -1.9333]
     """
-    error = (normalised - discretized).mul_(torch.sign(grad)).mul_(delta).add_(1.0)
-    return error.mul_(grad)
+    error = torch.sub(normalised, discretized, out=out)
+    return error.mul_(torch.sign(grad, out=spare)).mul_(delta).add_(1.0).mul_(grad)
 
 
 def discretize(x: torch.Tensor, levels: int, delta: float = 0.0) -> torch.Tensor:
@@ -106,10 +118,12 @@ class EWGS(STE):
         low, high = open_interval(*(state[name].detach().float().reshape(shape) for name in ("low", "high")))
         width, steps, grad = high - low, grid.steps, grad.float()
         delta = float(state["delta"])
+        # memory is reused below: fresh pages cost more than the arithmetic
         place = (x.detach().float() - low).div_(width)
-        outside = (place < 0.0) | (place > 1.0) if self.clip else None
+        normalised = place.clamp(0.0, 1.0)
+        outside = place != normalised if self.clip else None
         learned: dict[str, torch.Tensor] = {}
-        discretized = place.clamp(0.0, 1.0).mul_(steps).round_().div_(steps)
+        discretized = normalised.mul(steps).round_().div_(steps)
         if "output_scale" in state:
             factor = state["output_scale"].detach().float().reshape(())
             learned["output_scale"] = (grad * (2.0 * discretized - 1.0)).sum() * torch.sign(factor)
@@ -117,10 +131,12 @@ class EWGS(STE):
         elif grid.signed:
             grad = 2.0 * grad
         if delta:
-            grad = scale_gradient(grad, place.clamp(0.0, 1.0), discretized, delta)
-        grad = grad / width
+            spare = torch.empty_like(place) if outside is None else place  # without clipping it is needed below
+            grad = scale_gradient(grad, normalised, discretized, delta, out=discretized, spare=spare)
+        grad = torch.div(grad, width, out=discretized)
         if outside is not None:
             grad.masked_fill_(outside, 0.0)
+            place = normalised
         # sums over groups of g (x_n - 1) and -g x_n
         total, moment = (grain.split(t).sum(-1) for t in (grad, place.mul_(grad)))
         learned["low"], learned["high"] = moment - total, -moment

@@ -34,7 +34,8 @@ def test_digits(bits, count, sigma, seed):
     total = 2 * largest * high + low
     assert float((total - t).abs().max()) < 1.0 + 1e-4 * 2 * largest**2
     top = int(x.abs().argmax())
-    assert float(q.dequantize()[top]) == pytest.approx(float(x[top]), rel=1e-5)
+    # float32 rounds t = 2 L^2, so at many bits the lower digit of the largest value is now and then one off
+    assert float(q.dequantize()[top]) == pytest.approx(float(x[top]), rel=1e-5, abs=1.001 * delta if bits > 5 else 0.0)
     torch.testing.assert_close(q.dequantize().double(), delta * total.double(), rtol=1e-5, atol=1e-6 * delta)
 
 
