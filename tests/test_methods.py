@@ -20,7 +20,7 @@ from torch import nn
 
 import gradbits as gb
 from gradbits.core.errors import NothingToQuantizeError
-from gradbits.nn.layers import Quantized
+from gradbits.nn.quantized import Quantized
 from gradbits.recipes.recipe import Output, Recipe
 
 ALARM = 1e-6

@@ -13,13 +13,15 @@ from torch import nn
 from gradbits.core.checks import check_bits, check_choice, check_module
 from gradbits.core.errors import ArgumentError, DtypeError, FallbackError, NothingToQuantizeError
 from gradbits.kernels.dispatch import COMPUTE
+from gradbits.nn.assignment import Assignment
 from gradbits.nn.compiled import register
 from gradbits.nn.function import ON_NONFINITE
 from gradbits.nn.graph import trace
-from gradbits.nn.layers import QUANTIZED_CLASSES, Assignment, Quantized, init_states, spatial_example
+from gradbits.nn.layers import QUANTIZED_CLASSES
 from gradbits.nn.matmul import Matmul
 from gradbits.nn.packing import set_packing
 from gradbits.nn.qat import follow_graph_, leave_graph_
+from gradbits.nn.quantized import Quantized, init_states, spatial_example
 from gradbits.nn.report import Report, device_of, named_layers, report, why_not_supported
 from gradbits.recipes import Recipe, recipe
 

@@ -13,9 +13,10 @@ from torch import fx, nn
 from torch.fx import Node
 
 from gradbits.core.errors import GraphError
+from gradbits.nn.convolutions import QuantizedConvTranspose1d, QuantizedConvTranspose2d, QuantizedConvTranspose3d
 from gradbits.nn.fold import why_not_foldable
-from gradbits.nn.layers import Quantized, QuantizedConvTranspose1d, QuantizedConvTranspose2d, QuantizedConvTranspose3d
 from gradbits.nn.matmul import Matmul
+from gradbits.nn.quantized import Quantized
 
 ADD = (operator.add, operator.iadd, torch.add)
 CAT = (torch.cat, torch.concat, torch.concatenate)

@@ -12,10 +12,11 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from gradbits.core.errors import GraphError
+from gradbits.nn.assignment import QuantizerStates
 from gradbits.nn.fold import fold, folded_output
 from gradbits.nn.graph import Plan, Step, operands, plan_of, source_of
 from gradbits.nn.integer_build import build, why_not_integer
-from gradbits.nn.layers import Quantized, QuantizerStates, init_states
+from gradbits.nn.quantized import Quantized, init_states
 from gradbits.quantizers.estimators import STE, StraightThrough
 from gradbits.quantizers.quantizer import Quantizer
 from gradbits.quantizers.ranges import State

@@ -11,11 +11,13 @@ from torch import nn
 
 from gradbits.core.checks import check_module
 from gradbits.kernels.dispatch import Request, choose
+from gradbits.nn.assignment import QuantizerStates
 from gradbits.nn.bilinear import OPERANDS
-from gradbits.nn.layers import QUANTIZED_CLASSES, Quantized, QuantizerStates
+from gradbits.nn.layers import QUANTIZED_CLASSES
 from gradbits.nn.matmul import Matmul
 from gradbits.nn.norm import fused_norms
 from gradbits.nn.packing import packing_of
+from gradbits.nn.quantized import Quantized
 from gradbits.nn.speed import layer_speeds
 
 PRODUCTS = ("output", "grad_input", "grad_weight")

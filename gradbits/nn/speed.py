@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gradbits.core.errors import ArgumentError
-from gradbits.nn.layers import Quantized
+from gradbits.nn.quantized import Quantized
 
 ROUNDS = 3  # of which the fastest counts; the first run of each only warms up
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from gradbits.nn.layers import Quantized
+from gradbits.nn.quantized import Quantized
 
 Seen = dict[tuple[str, str], torch.Tensor]
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradbits.nn.layers import QUANTIZED_CLASSES, Quantized
+from gradbits.nn.layers import QUANTIZED_CLASSES
+from gradbits.nn.quantized import Quantized
 from gradbits.nn.report import named_layers
 
 

@@ -15,7 +15,8 @@ from gradbits.core.checks import check_bits, check_choice, check_module
 from gradbits.core.errors import ArgumentError
 from gradbits.core.grain import PerTensor
 from gradbits.nn import quantize_
-from gradbits.nn.layers import QUANTIZED_CLASSES, Quantized
+from gradbits.nn.layers import QUANTIZED_CLASSES
+from gradbits.nn.quantized import Quantized
 from gradbits.quantizers.grids import Affine, Grid, Symmetric
 from gradbits.quantizers.quantizer import Quantizer
 from gradbits.quantizers.ranges import EMA, AbsMax, MinMax, min_max

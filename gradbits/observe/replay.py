@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gradbits.core.errors import ArgumentError
-from gradbits.nn.layers import Quantized
+from gradbits.nn.quantized import Quantized
 
 Layers = list[tuple[str, Any]]
 PRODUCTS = ("grad_input", "grad_weight")

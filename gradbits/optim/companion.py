@@ -13,7 +13,7 @@ from torch import nn
 from gradbits.core.checks import check_instance, check_module, check_number
 from gradbits.core.errors import ArgumentError, DtypeError
 from gradbits.core.ranks import mean_over_ranks
-from gradbits.nn.layers import Quantized
+from gradbits.nn.quantized import Quantized
 from gradbits.optim.groups import group_quantizer_parameters_
 
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from gradbits.core.checks import check_instance, check_integer, check_module, check_number
 from gradbits.core.errors import ArgumentError, DoubleBackwardError, DtypeError
-from gradbits.nn.layers import QUANTIZED_CLASSES, Quantized
+from gradbits.nn.layers import QUANTIZED_CLASSES
+from gradbits.nn.quantized import Quantized
 
 Recorded = list[tuple[str, torch.Tensor]]
 

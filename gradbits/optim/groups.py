@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gradbits.core.errors import ArgumentError
-from gradbits.nn.layers import Quantized
+from gradbits.nn.quantized import Quantized
 
 MARK = "quantizer_rate"
 

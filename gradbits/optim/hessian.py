@@ -13,7 +13,7 @@ from torch import nn
 from gradbits.core.checks import check_integer, check_module, check_number
 from gradbits.core.errors import ArgumentError
 from gradbits.core.ranks import mean_over_ranks
-from gradbits.nn.layers import Quantized
+from gradbits.nn.quantized import Quantized
 from gradbits.nn.twice import twice_differentiable
 from gradbits.quantizers.ewgs import EWGS
 from gradbits.recipes.learning import HessianScaling

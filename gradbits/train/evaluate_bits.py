@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from gradbits.nn import dequantize_
-from gradbits.nn.layers import Quantized
+from gradbits.nn.quantized import Quantized
 from gradbits.observe import evaluate_bits
 from gradbits.train.evaluate import evaluate
 from gradbits.train.interrupt import StopRequest

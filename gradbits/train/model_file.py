@@ -12,7 +12,8 @@ from torch import nn
 
 from gradbits.core.errors import ArgumentError, CorruptDataError
 from gradbits.core.files import write_atomically
-from gradbits.nn.layers import Quantized, QuantizerStates
+from gradbits.nn.assignment import QuantizerStates
+from gradbits.nn.quantized import Quantized
 from gradbits.storage.sources import open_source
 from gradbits.train.checkpoint import FORMAT, load_checkpoint
 from gradbits.train.entry import Entry

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import gradbits as gb
-from gradbits.nn.layers import Quantized
+from gradbits.nn.quantized import Quantized
 from gradbits.nn.twice import twice_differentiable
 from gradbits.optim.hessian import hutchinson, measure_deltas_
 from gradbits.quantizers.ewgs import discretize

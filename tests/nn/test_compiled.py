@@ -139,7 +139,7 @@ def test_copies_have_their_own_numbers():
     net = mlp()
     gb.quantize_(net, gb.recipe("int8_dynamic"))
     twin = copy.deepcopy(net)
-    numbers = [m.assignment.number for n in (net, twin) for m in n if isinstance(m, gb.nn.layers.Quantized)]
+    numbers = [m.assignment.number for n in (net, twin) for m in n if isinstance(m, gb.nn.quantized.Quantized)]
     assert len(set(numbers)) == 4
     assert all(module._LAYERS[n].assignment.number == n for n in numbers)
 

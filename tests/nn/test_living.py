@@ -14,7 +14,8 @@ from torch.nn.utils import parametrizations
 
 import gradbits as gb
 from gradbits.core.errors import DoubleBackwardError
-from gradbits.nn.layers import Quantized, QuantizedLinear
+from gradbits.nn.layers import QuantizedLinear
+from gradbits.nn.quantized import Quantized
 
 
 def small(recipe: str | gb.Recipe = "int8_dynamic", **options) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import nn
 
 import gradbits as gb
 from gradbits.core.errors import ArgumentError
-from gradbits.nn.layers import Quantized
+from gradbits.nn.quantized import Quantized
 from gradbits.observe import calibrate, evaluate_bits
 from gradbits.observe.post_training import post_training, post_training_recipe
 

@@ -99,7 +99,7 @@ def test_a_measurement_leaves_everything_but_delta_alone():
     assert any(value > 0 for value in found.values())
     for (layer, role), value in found.items():
         assert float(net.get_submodule(layer).state_of("output", role)["delta"]) == value
-    assert not any(m.assignment.seen for m in net.modules() if isinstance(m, gb.nn.layers.Quantized))
+    assert not any(m.assignment.seen for m in net.modules() if isinstance(m, gb.nn.quantized.Quantized))
 
 
 def test_statistics_are_restored_when_a_loss_raises():

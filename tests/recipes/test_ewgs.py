@@ -12,7 +12,7 @@ import gradbits as gb
 from gradbits.core.errors import ArgumentError, DtypeError
 from gradbits.core.grain import PerTensor
 from gradbits.core.qtensor import QTensor
-from gradbits.nn.layers import Quantized
+from gradbits.nn.quantized import Quantized
 from gradbits.quantizers.lsq import learned_step_quantize
 
 
