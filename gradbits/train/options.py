@@ -253,7 +253,12 @@ class TrainOptions:
         """Return the codec that ``wire`` and its options describe."""
         options: dict[str, Any] = {"bits": self.wire_bits, "bucket": self.wire_bucket}
         options = {name: value for name, value in options.items() if value is not None}
-        return codec(self.wire or "", entropy=self.entropy, feedback=self.wire_feedback, **options)
+        try:
+            return codec(self.wire or "", entropy=self.entropy, feedback=self.wire_feedback, **options)
+        except ArgumentError as error:  # names the codec's argument
+            if any(str(error).startswith(f"{name}=") for name in options):
+                raise ArgumentError(f"wire_{error}") from None
+            raise
 
     def entries(self) -> list[Entry]:
         """Return the networks to train."""

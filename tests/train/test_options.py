@@ -37,6 +37,12 @@ def test_model_options_are_json_or_text():
     ("given", "named"),
     [
         ({"data": "cifar"}, "data='cifar'"),
+        ({"wire": "fp8"}, "wire='fp8'"),
+        ({"wire": "qsgd", "wire_bits": 99}, "wire_bits=99: must be an integer from 2 to 8"),
+        ({"wire": "onebit", "wire_bucket": 512}, "wire_bucket=512"),
+        ({"wire": "fp16", "wire_bits": 4}, "wire_bits=4"),
+        ({"wire": "alq", "entropy": "gzip"}, "entropy='gzip'"),
+        ({"optimizer": "quantized_adam", "wire": "alq"}, "wire='alq'"),
         ({"data": "pydoc", "model": "resnet20"}, "model='resnet20'"),
         ({"data": "digits", "model": "gpt"}, "model='gpt'"),
         ({"epochs": 1, "steps": 3}, "steps=3"),
