@@ -4,7 +4,7 @@ A thin wrapper around ``gradbits train --eval-bits``: ``small_cnn``, 5 epochs, 3
 coefficient over the second half of the steps, each quantized after training to 8, 6, 5 and 4 bits of weights and
 activations. Writes ``benchmarks/logs/gradient_l1.txt`` and ``.json``; with ``--out`` an interrupted run goes on:
 
-    python benchmarks/gradient_l1.py [--limit N] [--epochs N] [--seeds 0,1,2] [--sweep 0.0003,0.001,0.003,0.01] [--start 0.5]
+    python benchmarks/gradient_l1.py [--limit N] [--epochs N] [--seeds 0,1,2] [--sweep 0.0003,0.001] [--start 0.5]
 """
 
 from __future__ import annotations
