@@ -5,6 +5,8 @@ compares evaluation, ``convert_`` and both ONNX forms over the whole test set. W
 ``benchmarks/logs/integer_inference.txt`` and ``.json``:
 
     python benchmarks/integer_inference.py [--models small_cnn,resnet20,mobilenet,mlp] [--steps N] [--data NAME]
+
+With ``--out`` the trained models are kept there and used again, so that latencies can be measured when all is quiet.
 """
 
 from __future__ import annotations
@@ -26,11 +28,14 @@ LOGS = Path(__file__).parent / "logs"
 
 
 def trained(model: str, data: str, steps: int, folder: Path) -> Path:
-    """Train a model and return its file."""
+    """Train a model in ``folder``, or go on with it, and return its file."""
     command = f"train --data {data} --model {model} --recipe qat_int8 --steps {steps} --out {folder}"
-    done = subprocess.run([sys.executable, "-m", "gradbits", *command.split()], check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
+    if folder.exists():
+        command = f"train --resume --out {folder}"
+    if not (folder / "results.json").exists():
+        done = subprocess.run([sys.executable, "-m", "gradbits", *command.split()], check=False)
+        if done.returncode:
+            sys.exit(done.returncode)
     (path,) = (folder / "models").glob("*.safetensors")
     return path
 
@@ -62,6 +67,7 @@ def main() -> None:
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--steps", type=int, default=469)
     parser.add_argument("--threads", type=int, default=1, help="of onnxruntime")
+    parser.add_argument("--out", type=Path, help="keep the trained models here")
     parser.add_argument("--try-out", action="store_true", help="write no log")
     options = parser.parse_args()
     import onnxruntime
@@ -73,7 +79,7 @@ def main() -> None:
     records = []
     for model in options.models.split(","):
         with tempfile.TemporaryDirectory() as temporary:
-            path = trained(model, options.data, options.steps, Path(temporary) / "run")
+            path = trained(model, options.data, options.steps, (options.out or Path(temporary)) / model)
             done = export_file(path, check=True, threads=options.threads)
         parts.append(table(model, done) + "\n")
         print(parts[-1], flush=True)
