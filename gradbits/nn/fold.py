@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 FOLDABLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -88,18 +89,72 @@ def folded_output(
         update: whether the running statistics may move.
     """
     plain = batch_output().float()
-    axes = tuple(axis for axis in range(plain.dim()) if axis != 1)
-    mean, variance = plain.mean(axes), plain.var(axes, correction=0)
-    if update:
+    channels = plain.shape[1]
+    mean, variance = plain.new_zeros(channels), plain.new_ones(channels)
+    if plain.numel():
+        mean, variance = torch.batch_norm_update_stats(plain.detach(), None, None, 0.0)  # far faster than var_mean
+    if update and plain.numel():
         with torch.no_grad():
             centre = mean if bias is None else mean + bias
-            update_statistics(norm, centre.detach(), variance.detach(), plain.numel() // max(plain.shape[1], 1))
+            update_statistics(norm, centre.detach(), variance, plain.numel() // channels)
     folded, _ = fold(norm, weight, None)
+    y = product(folded, None)
     running = torch.sqrt(norm.running_var.float() + norm.eps)
     deviation = torch.sqrt(variance + norm.eps)
-    shift = -mean / deviation if norm.weight is None else -norm.weight * mean / deviation
-    if norm.bias is not None:
-        shift = shift + norm.bias
-    shape = (1, -1, *(1,) * (plain.dim() - 2))
-    y = product(folded, None)
-    return (y * (running / deviation).view(shape) + shift.view(shape)).to(y.dtype)
+    found: torch.Tensor = _Normalised.apply(y, plain, norm.weight, norm.bias, mean, deviation, running)
+    return found
+
+
+class _Normalised(torch.autograd.Function):
+    r"""The quantized product ``y``, normalised with the statistics of ``plain``, through which gradients flow too.
+
+    With :math:`G_1 = \sum g` and :math:`G_2 = \sum g y` over a channel's n values:
+
+    .. math:: L_\mu = -\frac{\gamma}{\sigma_B} G_1, \qquad
+              L_\sigma = \frac{\gamma \mu_B G_1 - \sigma_\mathrm{EMA} G_2}{\sigma_B^2}, \qquad
+              L_x = \frac1n \Big(L_\mu + L_\sigma \frac{x - \mu_B}{\sigma_B}\Big)
+
+    are the derivatives of the loss by the statistics and by the values x of ``plain``.
+    One function, because the derivatives of its single operations pass over the output a dozen times.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: torch.Tensor,
+        plain: torch.Tensor,
+        gamma: torch.Tensor | None,
+        beta: torch.Tensor | None,
+        mean: torch.Tensor,
+        deviation: torch.Tensor,
+        running: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(y, plain, gamma, mean, deviation, running)
+        shift = -mean / deviation if gamma is None else -gamma * mean / deviation
+        if beta is not None:
+            shift = shift + beta
+        return torch.addcmul(_over(shift, y), y, _over(running / deviation, y)).to(y.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        y, plain, gamma, mean, deviation, running = ctx.saved_tensors
+        g = grads[0]
+        axes = tuple(axis for axis in range(g.dim()) if axis != 1)
+        count = max(g.numel() // max(g.shape[1], 1), 1)
+        into_y = g * y
+        first, second = g.sum(axes, dtype=torch.float32), into_y.sum(axes, dtype=torch.float32)
+        torch.mul(g, _over(running / deviation, g), out=into_y)
+        slope = 1.0 if gamma is None else gamma.float()
+        by_mean = -slope * first / deviation
+        by_deviation = (slope * mean * first - running * second) / deviation.square()
+        factor = by_deviation / (count * deviation)
+        into_plain = torch.addcmul(_over(by_mean / count - factor * mean, plain), plain, _over(factor, plain))
+        into_gamma = None if gamma is None else (-mean / deviation * first).to(gamma.dtype)
+        into_beta = first if ctx.needs_input_grad[3] else None
+        return into_y, into_plain, into_gamma, into_beta, None, None, None
+
+
+def _over(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return ``values`` [C] so that they broadcast over ``like`` [N, C, ...]."""
+    return values.view(1, -1, *(1,) * (like.dim() - 2))

@@ -70,6 +70,20 @@ def test_a_bad_batch_moves_no_statistics():
     assert all(torch.equal(v, before[k]) for k, v in norm.state_dict().items())
 
 
+@pytest.mark.parametrize("batch", [0, 1])
+def test_the_smallest_batches(batch):
+    conv, norm = pair()
+    before = copy.deepcopy(norm.state_dict())
+    x = torch.randn(batch, 3, 3, 3)
+    y = folded_output(
+        norm, conv.weight, None, lambda: torch.conv2d(x, conv.weight), lambda w, b: torch.conv2d(x, w, b), True
+    )
+    assert y.shape == (batch, 5, 1, 1)
+    y.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in (conv.weight, norm.weight, norm.bias))
+    assert bool(batch) != torch.equal(norm.running_mean, before["running_mean"])
+
+
 def test_what_cannot_be_folded():
     assert why_not_foldable(nn.BatchNorm2d(3)) is None
     assert "running statistics" in str(why_not_foldable(nn.BatchNorm2d(3, track_running_stats=False)))
