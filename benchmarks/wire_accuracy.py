@@ -3,7 +3,8 @@
 Every run is ``gradbits train`` under torchrun with gloo. ``python benchmarks/wire_accuracy.py`` runs everything;
 ``--only alq3,fp32 --ranks 2 --seeds 0,1 --out FOLDER`` a part of it. With --out, every finished run is kept and an
 interrupted one goes on. The table and the records go to ``benchmarks/logs`` where the runs are the default ones, or
-with --keep; add --limit or --steps for a try-out.
+with --keep; with --add the records that are there stay, but for those made anew, so that a long table can be made in
+parts. Add --limit or --steps for a try-out.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def run(name: str, ranks: int, arguments: argparse.Namespace, base: Path) -> lis
 
 def table(records: list[dict[str, Any]]) -> str:
     """Return a row for each method and number of ranks: means over the seeds, the spread behind ±."""
-    head = f"{'ranks':>5}  {'method':<16} {'test accuracy':>16}  {'bytes/step':>11}  {'ratio':>6}  {'step':>9}"
+    head = f"{'ranks':>5}  {'method':<16} {'seeds':>5} {'test accuracy':>16}  {'bytes/step':>11}  {'ratio':>6}"
+    head += f"  {'step':>9}"
     lines = [head, "-" * len(head)]
     keys = dict.fromkeys((record["ranks"], record["method"]) for record in records)
     for ranks, method in keys:
@@ -70,8 +72,18 @@ def table(records: list[dict[str, Any]]) -> str:
         sent, ratio, step = (
             statistics.fmean(r[key] for r in group) for key in ("wire_bytes_per_step", "wire_ratio", "step_ms_median")
         )
-        lines.append(f"{ranks:>5}  {method:<16} {accuracy:>16}  {sent:>11.0f}  {ratio:>5.1f}x  {step:>6.0f} ms")
+        row = f"{ranks:>5}  {method:<16} {len(group):>5} {accuracy:>16}  {sent:>11.0f}  {ratio:>5.1f}x  {step:>6.0f} ms"
+        lines.append(row)
     return "\n".join(lines)
+
+
+def added(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return ``records`` and those of the log that they do not replace, in the order of the methods."""
+    path = LOGS / "wire_accuracy.json"
+    found = {}
+    for record in [*(json.loads(path.read_text()) if path.exists() else []), *records]:
+        found[record["ranks"], list(METHODS).index(record["method"]), record["seed"]] = record
+    return [found[key] for key in sorted(found)]
 
 
 def write(records: list[dict[str, Any]], command: str, name: str | None) -> None:
@@ -98,6 +110,7 @@ def main() -> None:
     parser.add_argument("--data-dir", dest="data_dir")
     parser.add_argument("--out", type=Path, help="folder that keeps the runs")
     parser.add_argument("--keep", action="store_true", help="write the logs whatever is run")
+    parser.add_argument("--add", action="store_true", help="write the logs, and keep what they hold")
     arguments = parser.parse_args()
     if arguments.epochs is None and arguments.steps is None:
         arguments.epochs = 1
@@ -114,7 +127,9 @@ def main() -> None:
     whole = names == list(METHODS) and arguments.limit is None and arguments.steps is None
     given = " ".join(a for i, a in enumerate(sys.argv[1:], 1) if a != "--out" and sys.argv[i - 1] != "--out")
     command = f"python benchmarks/wire_accuracy.py {given}".rstrip()
-    write(records, command, "wire_accuracy" if whole or arguments.keep else None)
+    if arguments.add:
+        records, command = added(records), "python benchmarks/wire_accuracy.py --add, in parts"
+    write(records, command, "wire_accuracy" if whole or arguments.keep or arguments.add else None)
 
 
 if __name__ == "__main__":
