@@ -1,132 +1,26 @@
-"""The method table: one line a recipe, and every generic check that a recipe inherits from it.
+"""What every recipe's products promise, for each line of the method table and each kind of layer.
 
-A new recipe needs one line in ``METHODS``; a test fails while a published recipe is missing. The unbiasedness test is a
-z-test that fails an honest recipe with probability 1e-6 on a fresh seed; seeds are fixed.
+The unbiasedness test is a z-test that fails an honest recipe with probability 1e-6 on a fresh seed; seeds are fixed.
 """
 
 from __future__ import annotations
 
 import copy
-import io
-from dataclasses import dataclass, field, replace
-from functools import cache
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from scipy import stats
+from table import LAYERS, METHODS, PAIRS, each_method, each_pair, problems, same, setup
 from torch import nn
 
 import gradbits as gb
 from gradbits.core.errors import NothingToQuantizeError
-from gradbits.nn.quantized import Quantized
 from gradbits.recipes.recipe import Output, Recipe
 
 ALARM = 1e-6
-
-
-@dataclass(frozen=True)
-class Method:
-    """A recipe with options, and what the generic checks must know of it.
-
-    Args:
-        name, options: as for ``gradbits.recipe``.
-        leaves: layers of ``LAYERS`` that it leaves in float.
-        error: largest relative error (2-norm) of output and gradients against the float layer, on ordinary input.
-        loss: the loss of the small network after ``STEPS`` steps, relative to the first.
-        own_operands: whether a backward product rounds a forward operand anew; its gradients then estimate those of
-            a forward pass with that rounding.
-    """
-
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
-    leaves: tuple[str, ...] = ()
-    error: float = 0.05
-    loss: float = 0.5
-    own_operands: bool = False
-
-    def __str__(self) -> str:
-        return "-".join([self.name, *(f"{k}={v}" for k, v in self.options.items())])
-
-    def recipe(self, layer: str = "") -> Recipe:
-        """The recipe for every layer, whatever its place in the model; attention products may have their own."""
-        recipe = replace(gb.recipe(self.name, **self.options), keep_float=())
-        return recipe.matmul if layer == "matmul" and isinstance(recipe.matmul, Recipe) else recipe
-
-
-METHODS = [
-    Method("qat_int8", leaves=("matmul",)),
-    Method("qat_int8", {"weights": "tensor", "activation_bits": 7}, leaves=("matmul",)),
-    Method("qat_int8", {"weight_bits": 4, "activation_bits": 4}, leaves=("matmul",), error=0.3, loss=0.8),
-    Method("lsq", leaves=("matmul",), error=0.9, loss=0.8),
-    Method(
-        "lsq",
-        {"weight_bits": 8, "activation_bits": 8, "signed_activations": True, "per_channel": True},
-        leaves=("matmul",),
-        error=0.1,
-    ),
-    # its products are of normalised values: near the float layer in size and direction only
-    Method("ewgs", {"weight_bits": 1, "activation_bits": 1}, leaves=("matmul",), error=3.0, loss=0.9),
-    Method("ewgs", {"weight_bits": 8, "activation_bits": 8, "delta": 0.1}, leaves=("matmul",), error=3.0, loss=0.9),
-    Method("int8_dynamic"),
-    Method("int8_dynamic", {"rows": "row", "share_gradient": False}, own_operands=True),
-    Method("int8_dynamic", {"bits": 4}, error=0.6, loss=0.8),
-    Method("unified_int8", leaves=("matmul",)),
-    Method("unified_int8", {"search": "descent", "activation_range": "ema"}, leaves=("matmul",), error=0.1, loss=0.7),
-    Method("statquant_ptq", error=0.1),
-    Method("statquant_psq", {"rows": "sample", "zero": "widen"}, error=0.1),
-    Method("statquant_bhq", error=0.3),
-    Method("statquant_bhq", {"rows": "sample", "gradient_bits": 3, "grad_weight_grain": "channel"}, error=0.6),
-    Method("adaptive_int8", leaves=("matmul",), error=0.1),
-    Method(
-        "adaptive_int8",
-        {"rule": "exact", "update_interval": 2, "grad_input_range": "clip"},
-        leaves=("matmul",),
-        error=0.2,
-    ),
-    Method("int4_transformer", leaves=("matmul",), error=0.9, loss=0.8),
-    Method(
-        "int4_transformer",
-        {"sampling": False, "learned_steps": False, "hadamard": 4, "attention": "int8_dynamic"},
-        error=0.6,
-        loss=0.8,
-    ),
-]
-
-
-def problems() -> dict[str, tuple[nn.Module, tuple[torch.Tensor, ...]]]:
-    """Small float layers and inputs."""
-    torch.manual_seed(0)
-    return {
-        "linear": (nn.Linear(10, 6), (torch.randn(12, 10),)),
-        "tokens": (nn.Linear(9, 5, bias=False), (torch.randn(3, 5, 9),)),
-        "conv2d": (nn.Conv2d(4, 6, 3, stride=2, padding=1), (torch.randn(3, 4, 7, 6),)),
-        "matmul": (gb.nn.Matmul(), (torch.randn(2, 1, 5, 7), torch.randn(2, 1, 7, 4))),
-    }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads cost more than they bring on layers this small; one test below shows that they change nothing."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-LAYERS = tuple(problems())
-PAIRS = [(method, layer) for method in METHODS for layer in LAYERS if layer not in method.leaves]
 CLAIMED = [(m, layer) for m, layer in PAIRS if gb.recipes()[m.name].unbiased]
-each_method = pytest.mark.parametrize("method", METHODS, ids=str)
-each_pair = pytest.mark.parametrize(("method", "layer"), PAIRS, ids=str)
-
-
-def setup(method: Method, layer: str, compute: str = "auto", recipe: Recipe | None = None) -> nn.Module:
-    """Return a quantized copy of a layer."""
-    module = copy.deepcopy(problems()[layer][0])
-    gb.quantize_(module, recipe or method.recipe(), compute=compute, strict=True)
-    return module
 
 
 def run(module: nn.Module, inputs: tuple[torch.Tensor, ...], seed: int = 0, grad: torch.Tensor | None = None):
@@ -143,11 +37,6 @@ def run(module: nn.Module, inputs: tuple[torch.Tensor, ...], seed: int = 0, grad
     grads = torch.autograd.grad(y, tensors, grad, allow_unused=True)
     names = [*(f"input{i}" for i in range(len(inputs))), *parameters]
     return {"output": y.detach(), **{n: g for n, g in zip(names, grads, strict=True) if g is not None}}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """Whether the bits are the same; a state that has seen nothing yet holds NaN."""
-    return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=0, atol=0, equal_nan=True) for k in a)
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -330,85 +219,3 @@ def test_state_is_untouched_by_what_is_not_finite(method, layer, bad):
         elif name != "output":
             assert not bool(torch.isfinite(value).all()), name
     untouched(before, module.state_dict(), ("grad_input_gradient", "grad_weight_gradient"))
-
-
-STEPS = 25
-
-
-class Net(nn.Module):
-    """A convolution, attention-like product and linear layers: something of everything."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2, padding=1)
-        self.product = gb.nn.Matmul()
-        self.hidden, self.head = nn.Linear(64, 32), nn.Linear(32, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.relu(self.conv2(F.relu(self.conv1(x))))
-        x = x.flatten(2)
-        x = x + self.product((x @ x.mT).softmax(-1), x)
-        return self.head(F.relu(self.hidden(x[..., :8].flatten(1))))
-
-
-@cache
-def data() -> tuple[torch.Tensor, torch.Tensor]:
-    rng = torch.Generator().manual_seed(0)
-    y = torch.arange(32) % 4
-    prototypes = torch.randn(4, 1, 8, 8, generator=rng)
-    return prototypes[y] + 0.3 * torch.randn(32, 1, 8, 8, generator=rng), y
-
-
-def network(method: Method) -> tuple[nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(1)
-    net = Net()
-    gb.quantize_(net, gb.recipe(method.name, **method.options))
-    opt = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    gb.optim.attach_companion_(opt, net)
-    return net, opt
-
-
-def step(net: nn.Module, opt: torch.optim.Optimizer) -> float:
-    x, y = data()
-    loss = F.cross_entropy(net(x), y)
-    opt.zero_grad()
-    loss.backward()
-    opt.step()
-    return float(loss.detach())
-
-
-@each_method
-def test_a_small_network_learns(method):
-    net, opt = network(method)
-    losses = [step(net, opt) for _ in range(STEPS)]
-    assert losses[-1] < method.loss * losses[0]
-    assert any(isinstance(m, Quantized) for m in net.modules())
-
-
-@each_method
-def test_a_resumed_run_is_bit_identical(method):
-    net, opt = network(method)
-    for _ in range(3):
-        step(net, opt)
-    file = io.BytesIO()
-    torch.save({"net": net.state_dict(), "opt": opt.state_dict(), "rng": torch.get_rng_state()}, file)
-    losses = [step(net, opt) for _ in range(2)]
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    fresh, fresh_opt = network(method)
-    fresh.load_state_dict(saved["net"], strict=True)
-    fresh_opt.load_state_dict(saved["opt"])
-    torch.set_rng_state(saved["rng"])
-    assert [step(fresh, fresh_opt) for _ in range(2)] == losses
-    assert same(dict(fresh.state_dict()), dict(net.state_dict()))
-
-
-@each_method
-def test_a_float_checkpoint_loads_strictly(method):
-    float_net = Net()
-    net, _ = network(method)
-    result = net.load_state_dict(float_net.state_dict(), strict=True)
-    assert not result.missing_keys
-    assert not result.unexpected_keys
-    for name, value in float_net.named_parameters():
-        assert torch.equal(net.get_parameter(name), value)
