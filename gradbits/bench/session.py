@@ -16,7 +16,7 @@ from gradbits.bench.record import head_lines, save_record, surroundings
 from gradbits.bench.roofline import roofline
 from gradbits.bench.table import summary, work_table
 from gradbits.bench.timing import CLOCKS
-from gradbits.core.checks import check_choice, check_integer
+from gradbits.core.checks import check_choice, check_integer, check_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,8 @@ class Settings:
         check_integer(self.repeats, "repeats", 1)
         if self.threads is not None:
             check_integer(self.threads, "threads", 1)
+        check_output(self.json, "json")
+        check_output(self.chart, "chart")
 
     def settle(self) -> dict[str, Any]:
         """Settle this process for a benchmark; return where it runs."""

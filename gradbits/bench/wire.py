@@ -105,13 +105,21 @@ class Question:
                 chosen = options if bits is None else {**options, "bits": bits}
                 for entropy in self.entropy:
                     coder = None if entropy == "none" else entropy
-                    plain = find_codec(name, feedback=False, **chosen)
+                    try:
+                        plain = find_codec(name, feedback=False, **chosen)
+                    except ArgumentError:  # of all codecs, those are meant that have so many bits
+                        if self.names or bits is None:
+                            raise
+                        continue
                     if coder is not None and not plain.has_codes:
                         continue
                     label = name if (used := getattr(plain, "bits", None)) is None else f"{name} {used} bit"
                     found[label if coder is None else f"{label} + {coder}"] = find_codec(
                         plain, entropy=coder, feedback=False
                     )
+        had = {getattr(getattr(c, "codec", c), "bits", None) for c in found.values()}
+        if unknown := [bits for bits in self.bits if not self.names and bits not in had]:
+            raise ArgumentError(f"bits={unknown[0]}: no codec has so many; most have 2 to 8")
         if not found:
             raise ArgumentError(f"entropy={','.join(self.entropy)!r}: none of the codecs has symbols to code")
         return found

@@ -146,7 +146,8 @@ def memory(
     names = tuple(dict.fromkeys(model or MODELS))
     for name in names:
         check_choice(name, "model", MODELS)
-    where = Settings(command=_command(), threads=threads, repeats=1).settle()
+    settings = Settings(command=_command(), threads=threads, repeats=1, json=json, chart=chart)
+    where = settings.settle()
     _show("\n".join(head_lines(where)[:2]))
     outcomes = []
     for name in names:

@@ -50,7 +50,7 @@ def wire(
     from gradbits.bench import gradients
     from gradbits.bench.timing import CLOCKS
     from gradbits.bench.wire import Question, measure, record, verdicts
-    from gradbits.core.checks import check_choice, check_integer
+    from gradbits.core.checks import check_choice, check_integer, check_output
 
     if model is not None and numel is not None:
         raise ArgumentError(f"numel={numel!r}: cannot be combined with model={model!r}, which has its own size")
@@ -67,6 +67,7 @@ def wire(
         clock=check_choice(clock, "clock", tuple(CLOCKS)),
     )
     question.codecs()  # says what is wrong before anything takes time
+    check_output(json, "json")
     count = gradients.parse_count("1M" if numel is None else numel)
     found = gradients.drawn(count, seed) if model is None else gradients.of_model(model, data, batch_size, seed)
     rows = measure(found, question, _tell)

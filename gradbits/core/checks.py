@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,3 +114,21 @@ def check_axis(axis: Any, name: str, dim: int) -> int:
     if not -dim <= axis < dim:
         raise ArgumentError(f"{name}={axis}: a tensor of {dim} dimensions has axes {-dim} to {dim - 1}")
     return axis % dim
+
+
+def check_output(path: Path | None, name: str) -> Path | None:
+    """Return ``path`` if a file can be written there, or None: asked before the work whose result goes there.
+
+    Raises:
+        ArgumentError: a folder, or a place in one that does not exist or may not be written to.
+
+    >>> check_output(None, "json")
+    """
+    if path is None:
+        return None
+    if path.is_dir():
+        raise ArgumentError(f"{name}={str(path)!r}: is a folder; must be a file")
+    place = path if path.exists() else path.parent
+    if not place.exists() or not os.access(place, os.W_OK):
+        raise ArgumentError(f"{name}={str(path)!r}: cannot be written; its folder must exist and be writable")
+    return path

@@ -242,8 +242,9 @@ def noise_key(key: Noise, count: int) -> NoiseKey | torch.Tensor:
 
 def restore(values: torch.Tensor, payload: Payload) -> torch.Tensor:
     """Return flat float32 ``values`` in the payload's shape and dtype; what a narrow dtype cannot hold is clamped."""
-    if payload.dtype == torch.float16:
-        values = values.clamp(-65504.0, 65504.0)
+    if payload.dtype in (torch.float16, torch.bfloat16):
+        limit = torch.finfo(payload.dtype).max
+        values = values.clamp(-limit, limit)
     return values.to(payload.dtype).reshape(payload.shape)
 
 

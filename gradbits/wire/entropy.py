@@ -19,6 +19,7 @@ from gradbits.kernels.huffman import code_lengths, encoded_bits
 from gradbits.kernels.huffman_symbols import count_symbols, decode_symbols, encode_symbols
 from gradbits.kernels.quantize import Noise
 from gradbits.wire.codec import MAX_ELEMENTS, Codec, Payload, State
+from gradbits.wire.feedback import ErrorFeedback
 from gradbits.wire.wrapper import Wrapper
 
 CODES, HUFFMAN, ZSTD = "codes", "huffman", "zstd"
@@ -36,6 +37,11 @@ class EntropyCodec(Wrapper):
 
     def __post_init__(self) -> None:
         check_instance(self.codec, "codec", Codec)
+        if isinstance(self.codec, ErrorFeedback):
+            raise ArgumentError(
+                f"codec={self.codec!r}: has error feedback, which belongs around entropy coding: "
+                "ErrorFeedback(codec=Huffman(codec=...))"
+            )
         if isinstance(self.codec, EntropyCodec) or not self.codec.has_codes:
             raise ArgumentError(f"codec={self.codec!r}: has no symbols at a fixed width that could be coded")
 

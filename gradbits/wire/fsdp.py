@@ -29,15 +29,27 @@ def is_fsdp(model: nn.Module) -> bool:
 def compress_fsdp_(model: nn.Module, codec: str | Codec, **options: Any) -> CommState:
     """Make every part of an FSDP2 model reduce-scatter its gradients in few bits; see ``gradbits.compress_``.
 
+    Parameters that are frozen now take no part.
+
     Raises:
-        ArgumentError: a parameter that is not sharded along its first axis, or groups of parameters on several meshes.
+        ArgumentError: a parameter that is not sharded along its first axis, groups of parameters on several meshes, a
+            mesh with replicas, or a model that is compressed already.
     """
+    if "process_group" in options:
+        raise ArgumentError("process_group: the mesh that fully_shard was given says whose ranks take part")
     parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
     groups = [group for part in parts for group in _state(part)._fsdp_param_groups]
     if not groups:
         raise ArgumentError("model: fully_shard has left it without parameters")
     if any(len(_state(part)._fsdp_param_groups) > 1 for part in parts):
         raise ArgumentError("model: a module shards its parameters over several meshes, which is not supported")
+    if any(isinstance(group._reduce_scatter_comm, ReduceScatter) for group in groups):
+        raise ArgumentError("model: is compressed already; apply fully_shard anew to compress it otherwise")
+    if any(group._is_hsdp for group in groups):
+        raise ArgumentError(
+            "model: is sharded and replicated (a mesh of two dimensions), and FSDP averages over the replicas in full "
+            "width; use a mesh of one dimension"
+        )
     process_group = groups[0]._reduce_scatter_process_group
     if any(group._reduce_scatter_process_group.size() != process_group.size() for group in groups):
         raise ArgumentError("model: its modules are sharded over different numbers of ranks, which is not supported")
@@ -120,8 +132,7 @@ class ReduceScatter:
         except GradbitsError:
             raise
         except RuntimeError as error:
-            said = " ".join(str(error).split())[:300]
-            raise WireError(f"step {comm.step}, {buffers.layout.title}: {said}") from error
+            raise _wire_error(comm, buffers.layout.title, error) from error
         self._steps.add(buffers, outcome)
         world = comm.transport.world
         for place in self._places:
@@ -132,7 +143,10 @@ class ReduceScatter:
     def _plain(self, output: torch.Tensor, values: torch.Tensor, op: Any) -> None:
         transport = self._steps.comm.transport
         single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        single(output, values, op=op, group=transport.group)
+        try:
+            single(output, values, op=op, group=transport.group)
+        except RuntimeError as error:
+            raise _wire_error(self._steps.comm, f"{self._buffers.layout.title}, uncompressed", error) from error
         size = values.numel() * values.element_size()
         transport.traffic.sent += (transport.world - 1) * size // transport.world
 
@@ -158,10 +172,20 @@ class _Steps:
 
     def _finish(self) -> None:
         self._open = False
-        if self.comm.compressing and self._outcomes:
-            self.comm.finish(self._outcomes)
-        else:
-            self.comm.finish_plain()
+        try:
+            if self.comm.compressing and self._outcomes:
+                self.comm.finish(self._outcomes)
+            else:
+                self.comm.finish_plain()
+        except GradbitsError:
+            raise
+        except RuntimeError as error:
+            raise _wire_error(self.comm, "at its end", error) from error
+
+
+def _wire_error(comm: CommState, where: str, error: RuntimeError) -> WireError:
+    said = " ".join(str(error).split())[:300]
+    return WireError(f"step {comm.step}, {where}: {said}")
 
 
 def _state(module: nn.Module) -> Any:
@@ -174,6 +198,8 @@ def _layout(
     places: list[_Place] = []
     start, widths = 0, {True: 0, False: 0}
     for parameter in group.fsdp_params:
+        if not parameter.sharded_param.requires_grad:  # FSDP reduces no gradient of it
+            continue
         name = names[parameter.sharded_param]
         if parameter.fsdp_placement.dim != 0:
             raise ArgumentError(f"model: {name!r} is sharded along axis {parameter.fsdp_placement.dim}; must be axis 0")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import lru_cache
 from importlib import import_module
 from typing import Any
@@ -38,10 +38,11 @@ def codec(name: str | Codec, *, entropy: str | None = None, feedback: bool | Non
     """Return a codec by name, with the wrappers that are asked for.
 
     Args:
-        name: one of ``codecs()``, or a codec, which is returned with the wrappers around it.
+        name: one of ``codecs()``, or a codec, which is returned with the wrappers that it lacks; error feedback is
+            around entropy coding, whatever the order in which they came.
         entropy: ``"huffman"`` or ``"zstd"``: code the symbols so; None: leave them at their fixed width.
-        feedback: whether what the codec loses is added to the next gradient; None: as the method wants, which is yes
-            for biased codecs and no for unbiased ones.
+        feedback: whether what the codec loses is added to the next gradient; None: as the codec that was given has it,
+            or as the method wants, which is yes for biased codecs and no for unbiased ones.
         options: the codec's fields, such as ``bits`` or ``bucket``.
 
     Raises:
@@ -55,19 +56,25 @@ def codec(name: str | Codec, *, entropy: str | None = None, feedback: bool | Non
     """
     check_instance(name, "codec", str, Codec)
     check_instance(feedback, "feedback", bool, None)
+    from gradbits.wire.feedback import ErrorFeedback
+
     built = name if isinstance(name, Codec) else _build(name, options)
     if isinstance(name, Codec) and options:
         raise ArgumentError(f"{next(iter(options))}: options belong to a codec's name; this is a codec: {name!r}")
+    around = built if isinstance(built, ErrorFeedback) else None  # stays outside of entropy coding
+    built = built.codec if isinstance(built, ErrorFeedback) else built
     if entropy is not None:
         check_choice(entropy, "entropy", ENTROPY)
         from gradbits.wire.entropy import Huffman, Zstd
 
+        if not built.has_codes:
+            raise ArgumentError(f"entropy={entropy!r}: codec {built.name!r} has no symbols left that could be coded")
         built = Huffman(codec=built) if entropy == "huffman" else Zstd(codec=built)
-    if built.wants_feedback if feedback is None else feedback:
-        from gradbits.wire.feedback import ErrorFeedback
-
-        built = ErrorFeedback(codec=built)
-    return built
+    if feedback is None:
+        feedback = around is not None or built.wants_feedback
+    if not feedback:
+        return built
+    return ErrorFeedback(codec=built) if around is None else replace(around, codec=built)
 
 
 def _build(name: str, options: dict[str, Any]) -> Codec:
@@ -77,7 +84,8 @@ def _build(name: str, options: dict[str, Any]) -> Codec:
     legal = [f.name for f in fields(known[name])]
     for option, value in options.items():
         if option not in legal:
-            raise ArgumentError(f"{option}={value!r}: codec {name!r} has the options {', '.join(legal)}")
+            has = f"has the options {', '.join(legal)}" if legal else "has no options"
+            raise ArgumentError(f"{option}={value!r}: codec {name!r} {has}")
     return known[name](**options)
 
 

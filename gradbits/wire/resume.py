@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 FORMAT = "gradbits-wire"
 VERSION = 1
+COUNTS = ("rank", "world", "step", "sent", "plain")
+TENSORS = ("codec_state", "residual", "owned")
+NEEDED = {"codec", "seed", "due", "residual_scale", "seconds", *COUNTS, *TENSORS}
 
 
 def snapshot(comm: CommState) -> dict[str, Any]:
@@ -93,21 +97,52 @@ def restore(comm: CommState, states: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _checked(comm: CommState, states: Sequence[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
-    needed = {"codec", "rank", "world", "step", "seed", "due", "residual_scale", "codec_state", "residual", "owned"}
     by_rank = {}
     for state in states:
-        if not isinstance(state, Mapping) or state.get("format") != FORMAT or not needed <= set(state):
+        if not isinstance(state, Mapping) or state.get("format") != FORMAT or NEEDED - set(state):
             raise CorruptDataError("state: is not a state of compressed communication")
         if state.get("version") != VERSION:
             raise CorruptDataError(f"state: has version {state.get('version')!r}; this version reads {VERSION}")
         if state["codec"] != comm.codec.to_json():
             raise ArgumentError(f"state: of codec {state['codec']}; this one is {comm.codec.to_json()}")
+        _check_values(comm, state)
+        if state["rank"] in by_rank:
+            raise ArgumentError(f"state: rank {state['rank']} is there twice; must be the ranks' states, once each")
         by_rank[int(state["rank"])] = state
     if not by_rank:
         raise CorruptDataError("state: is an empty list")
     if len({(int(s["world"]), int(s["step"])) for s in by_rank.values()}) > 1:
         raise CorruptDataError("state: the ranks' states are of different runs or steps")
     return by_rank
+
+
+def _check_values(comm: CommState, state: Mapping[str, Any]) -> None:
+    """Refuse what ``snapshot`` never wrote, before anything moves: no tensor that is not finite enters a residual."""
+    for name in COUNTS:
+        if not isinstance(state[name], int) or state[name] < 0:
+            raise CorruptDataError(f"state: {name}={state[name]!r}; must be an integer of at least 0")
+    scale = state["residual_scale"]
+    if not isinstance(scale, float | int) or not 0 < scale < math.inf:
+        raise CorruptDataError(f"state: residual_scale={scale!r}; must be a number above 0")
+    if not isinstance(state["seed"], int) or not isinstance(state["due"], bool):
+        raise CorruptDataError(f"state: seed={state['seed']!r}, due={state['due']!r}; must be an integer and a bool")
+    if not isinstance(state["seconds"], Mapping):
+        raise CorruptDataError(f"state: seconds={state['seconds']!r}; must be a mapping")
+    for name in TENSORS:
+        tensors = state[name]
+        if not isinstance(tensors, Mapping) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+            raise CorruptDataError(f"state: {name} is no mapping of tensors")
+        if bad := [key for key, t in tensors.items() if not bool(torch.isfinite(t).all())]:
+            raise CorruptDataError(f"state: {name} of {bad[0]!r} holds NaN or Inf")
+    coded = {slot.name for buffers in comm.groups for slot in buffers.layout.coded} if comm.feedback else set()
+    names = set(state["residual"])
+    missing = sorted(coded - names) + sorted(names ^ set(state["owned"]))
+    if missing and names <= coded:  # names that are not known are of another model
+        raise CorruptDataError(f"state: has no residual of {missing[0]!r}")
+    known = comm.codec_state
+    for name, value in state["codec_state"].items():
+        if name not in known or value.shape != known[name].shape or value.dtype != known[name].dtype:
+            raise CorruptDataError(f"state: codec_state has {name!r} of shape {list(value.shape)}, not of this codec")
 
 
 def _own_errors(slot: Slot, state: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from gradbits.core.checks import check_choice, check_integer, check_module, check_number
+from gradbits.core.checks import check_choice, check_instance, check_integer, check_module, check_number
 from gradbits.core.errors import ArgumentError, NonFiniteError, WireError
 from gradbits.core.noise import draw_seed
 from gradbits.wire.buffers import GroupBuffers
@@ -154,9 +155,24 @@ class CommState:
             )
         device = next(iter(parameters.values())).device if device is None else device
         self.groups = [GroupBuffers(layout, self.feedback, device) for layout in layouts]
+        self._check_agreement()
         if self._waiting is not None:
             restore(self, self._waiting)
             self._waiting = None
+
+    def _check_agreement(self) -> None:
+        """Refuse ranks that would send each other what they cannot read: they would hang, or crash the program."""
+        described = [self.codec.to_json(), self.start, [buffers.layout for buffers in self.groups]]
+        digest = hashlib.sha256(repr(described).encode()).digest()[:8]
+        sent = self.traffic.sent
+        found = self.transport.gather_values(torch.frombuffer(bytearray(digest), dtype=torch.int64)).view(-1).tolist()
+        self.traffic.sent = sent  # which counts what steps send
+        if len(set(found)) > 1:
+            other = next(rank for rank, value in enumerate(found) if value != found[0])
+            raise ArgumentError(
+                f"codec={self.codec!r}, start={self.start}: rank {other} was given another codec, other options or "
+                "other parameters than rank 0; all ranks must have the same"
+            )
 
     def encoder(self) -> Encoder:
         """Return the codec at the present step."""
@@ -240,6 +256,7 @@ class CommState:
                 where a single one is given.
             CorruptDataError: something that is no state.
         """
+        check_instance(state, "state", Mapping, Sequence)
         states = [state] if isinstance(state, Mapping) else list(state)
         if self._transport is None:
             self._waiting = states

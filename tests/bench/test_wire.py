@@ -44,6 +44,12 @@ def test_measured_rows_follow_the_formula():
     assert rows["qsgd 4 bit"].error < rows["qsgd 2 bit"].error
 
 
+def test_of_all_codecs_those_that_have_so_many_bits():
+    names = set(Question(bits=(3,)).codecs())
+    assert {"qsgd 3 bit", "alq 3 bit", "topk"} <= names
+    assert not any(name.startswith("terngrad") for name in names)
+
+
 def test_gradients_of_a_model_are_its_own():
     found = gradients.of_model("mlp", batch_size=32)
     assert found.values.numel() == sum(found.sizes)
@@ -113,6 +119,10 @@ def test_command(tmp_path):
         (["--clock", "sun"], "clock='sun'"),
         (["--model", "no_such"], "no_such"),
         (["--bucket", "0", "--codecs", "qsgd"], "bucket=0"),
+        (["--bits", "9"], "bits=9"),
+        (["--codecs", "terngrad", "--bits", "3"], "bits=3"),
+        (["--json", "/no/such/folder/x.json"], "json='/no/such/folder/x.json'"),
+        (["--json", "/"], "json='/'.*folder"),
     ],
 )
 def test_nonsense_is_named(options, message):

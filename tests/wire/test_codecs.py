@@ -13,7 +13,9 @@ from scipy import stats
 
 from gradbits.core.errors import ArgumentError, CorruptDataError, DtypeError, GradbitsError, NonFiniteError
 from gradbits.core.noise import NoiseKey
-from gradbits.wire.codec import Codec, Payload
+from gradbits.wire.codec import Codec, Payload, restore
+from gradbits.wire.entropy import Huffman
+from gradbits.wire.feedback import ErrorFeedback
 from gradbits.wire.frame import from_frame, to_frame
 from gradbits.wire.registry import codec, codecs, decode
 
@@ -376,3 +378,24 @@ def test_names_that_are_not_codecs() -> None:
 def test_feedback_by_default_where_the_method_wants_it() -> None:
     with_feedback = {name for name in codecs() if type(codec(name)).__name__ == "ErrorFeedback"}
     assert with_feedback == {"log_grid", "minmax_uint8", "onebit", "sign", "topk", "uniform_grid"}
+
+
+def test_feedback_is_around_entropy_coding_whatever_came_first() -> None:
+    inside = ErrorFeedback(codec=codec("onebit", feedback=False), beta=0.5)
+    assert codec("onebit", entropy="huffman") == codec(codec("onebit"), entropy="huffman")
+    assert codec(inside, entropy="huffman") == ErrorFeedback(codec=Huffman(codec=inside.codec), beta=0.5)
+    assert codec(inside) == inside
+    assert codec(inside, feedback=False) == inside.codec
+    with pytest.raises(ArgumentError, match="around entropy coding"):
+        Huffman(codec=inside)
+    with pytest.raises(ArgumentError, match=r"entropy='huffman'.*'topk'"):
+        codec("topk", entropy="huffman")
+    with pytest.raises(ArgumentError, match="has no options"):
+        codec("onebit", bits=3)
+
+
+def test_values_beyond_a_narrow_dtype_are_clamped() -> None:
+    limit = torch.finfo(torch.bfloat16).max
+    values = torch.tensor([3.4e38, -3.4e38, 1.0])
+    payload = Payload(codec="x", shape=values.shape, dtype=torch.bfloat16)
+    assert restore(values, payload).tolist() == [limit, -limit, 1.0]

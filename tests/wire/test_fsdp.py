@@ -6,6 +6,7 @@ from ranks import run_ranks
 
 MAIN = """
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 import gradbits.wire.exchange as exchange
 from gradbits.core.errors import ArgumentError, WireError
@@ -82,6 +83,36 @@ def main(rank, world):
     except WireError as error:
         assert "step 3" in str(error) and "rank 1 arrived damaged at rank 0" in str(error), error
     exchange.pack = pack
+    # frozen parameters take no part, and the rest is compressed
+    model = net(norm=False)
+    model[0].bias.requires_grad_(False)
+    fully_shard(model)
+    comm = gb.compress_(model, "onebit", min_elements=100)
+    loss_of(model, rank, 0).backward()
+    assert comm.ratio > 2 and model[0].bias.grad is None, comm.ratio
+
+    # what cannot be done is said
+    mesh = init_device_mesh("cpu", (1, world), mesh_dim_names=("replicas", "shards"))
+    replicated = net(norm=False)
+    fully_shard(replicated, mesh=mesh)
+    for made, options, message in (
+        (model, {}, "compressed already"),
+        (replicated, {}, "replicated"),
+        (model, {"process_group": dist.group.WORLD}, "process_group"),
+    ):
+        try:
+            gb.compress_(made, "qsgd", **options)
+            raise SystemExit(f"{message}: was taken")
+        except ArgumentError as error:
+            assert message in str(error), error
+
+    # the ranks disagree
+    model, _ = sharded()
+    try:
+        gb.compress_(model, "qsgd" if rank == 0 else "alq")
+        raise SystemExit("codecs that differ were taken")
+    except ArgumentError as error:
+        assert "rank 1" in str(error), error
     try:
         gb.compress_(net(), "qsgd")
         raise SystemExit("a model that is not distributed was taken")

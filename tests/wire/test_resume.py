@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
 from ranks import run_ranks
+from torch import nn
+
+from gradbits.core.errors import ArgumentError, CorruptDataError, DtypeError
+from gradbits.wire.state import CommState
 
 RESUMED = """
 CASES = (("qsgd", {"bits": 3, "feedback": True}), ("sign", {}), ("alq", {"entropy": "huffman"}))
@@ -127,3 +133,43 @@ def main(rank, world):
 
 def test_off_means_off_and_the_bare_hook_works(tmp_path):
     run_ranks(tmp_path, OFF)
+
+
+DAMAGED = {
+    "step": "a",
+    "world": -1,
+    "sent": None,
+    "seed": 0.5,
+    "due": 3,
+    "residual_scale": float("nan"),
+    "seconds": 4,
+    "residual": None,
+    "owned": {},
+    "codec_state": {"levels": torch.ones(3)},
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_damaged_state_is_refused_and_nothing_moves(name, gone):
+    torch.manual_seed(0)
+    comm = CommState(nn.Linear(64, 64), "onebit")
+    before = comm.state_dict()
+    state = {**before, name: DAMAGED[name], "step": 7 if name != "step" else DAMAGED[name]}
+    if gone:
+        del state[name]
+    with pytest.raises(CorruptDataError, match="state"):
+        comm.load_state_dict(state)
+    after = comm.state_dict()
+    assert after["step"] == 0
+    assert torch.equal(after["residual"]["weight"], before["residual"]["weight"])
+
+
+def test_states_that_are_none():
+    comm = CommState(nn.Linear(64, 64), "onebit")
+    state = comm.state_dict()
+    bad = {**state, "residual": {"weight": torch.full((64, 64), float("nan"))}}
+    for given, error in ((None, DtypeError), (bad, CorruptDataError), ([state, state], ArgumentError)):
+        with pytest.raises(error, match="state"):
+            comm.load_state_dict(given)
+    comm.load_state_dict([state])
