@@ -21,6 +21,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradbits as gb
+from gradbits.core.checks import check_choice, check_integer, check_number
+from gradbits.core.errors import GradbitsError
 from gradbits.nn.stochastic import firing_probability
 from gradbits.quantizers.estimators import STE, ClippedSTE, HardSigmoidSTE, SigmoidSTE
 from gradbits.train.datasets import load_data
@@ -33,6 +35,7 @@ ESTIMATORS: dict[str, STE] = {
     "hard-sigmoid": HardSigmoidSTE(),
 }
 GATES = (*ESTIMATORS, "reinforce", "stochastic-times-smooth", "noisy-rectifier")
+LEAST = 1e-6  # of a probability, and of its distance from 1: the cross-entropy stays finite
 
 
 def make_gate(name: str, units: int) -> nn.Module:
@@ -96,7 +99,15 @@ def train(
         active: target of the mean probability of each gate.
         seed: of weights, batches and gates.
         lr: learning rate of Adam.
+
+    Raises:
+        ArgumentError, DtypeError: a number that is not legal.
     """
+    check_choice(estimator, "estimator", GATES)
+    check_integer(steps, "steps", 1)
+    check_number(active, "active", LEAST, 1.0 - LEAST)
+    check_integer(seed, "seed", 0)
+    check_number(lr, "lr", 0.0, open_low=True)
     task = ImageTask(load_data("digits"), 64)
     torch.manual_seed(seed)
     net = GatedMLP(make_gate(estimator, 256), start(estimator, active))
@@ -106,7 +117,7 @@ def train(
         logits, _, a = net(batch.inputs)
         losses = F.cross_entropy(logits, batch.targets, reduction="none")
         # each gate's mean probability of being open, over the batch, is held at the target
-        mean = openness(estimator, a).mean(0).clamp(1e-6, 1.0 - 1e-6)
+        mean = openness(estimator, a).mean(0).clamp(LEAST, 1.0 - LEAST)
         loss = losses.mean() + 0.2 * F.binary_cross_entropy(mean, torch.full_like(mean, active), reduction="sum")
         if isinstance(net.gate, gb.nn.ReinforceNeuron):
             loss = loss + net.gate.term(losses)
@@ -138,7 +149,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     for name in GATES if options.estimator == "all" else (options.estimator,):
-        accuracy, opened = train(name, steps=options.steps, active=options.active, seed=options.seed)
+        try:
+            accuracy, opened = train(name, steps=options.steps, active=options.active, seed=options.seed)
+        except GradbitsError as error:
+            parser.error(str(error))
         print(f"{name:24} test accuracy {100 * accuracy:.2f} %, {100 * opened:.1f} % of the hidden units active")
 
 

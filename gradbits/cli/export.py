@@ -15,7 +15,9 @@ def export(
     file: Annotated[
         Path, typer.Argument(help="Model that was trained with qat_int8: models/*.safetensors or a checkpoint.")
     ],
-    out: Annotated[Path | None, typer.Option(help="File to make. Default: FILE with the suffix .onnx.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to make. Default: FILE with the suffix .onnx, or .pt2 for pt2.")
+    ] = None,
     form: Annotated[
         str,
         typer.Option(help="qdq (runtimes use their int8 kernels), integer (bit for bit, slower), pt2 (torch.export)."),

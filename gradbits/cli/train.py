@@ -194,6 +194,6 @@ def _integers(name: str, text: str | None, example: str) -> tuple[int, ...] | No
     from gradbits.core.errors import ArgumentError
 
     try:
-        return None if text is None else tuple(int(part) for part in _split(text))
+        return None if text is None else tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise ArgumentError(f"{name}={text!r}: must be integers with commas between them, as {example}") from error

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradbits.core.checks import check_choice, check_module
-from gradbits.core.errors import ArgumentError, GraphError
+from gradbits.core.checks import check_choice, check_instance, check_module
+from gradbits.core.errors import ArgumentError, DtypeError, GraphError
 from gradbits.core.files import write_atomically
 from gradbits.export.onnx_integer import add_integer
 from gradbits.export.onnx_qdq import QDQ
@@ -28,7 +28,7 @@ def onnx(
     args: tuple[torch.Tensor, ...],
     path: str | Path,
     *,
-    form: str = "integer",
+    form: str = "qdq",
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a model that was trained with ``qat_int8`` as an ONNX file; the batch may have any size.
@@ -37,16 +37,18 @@ def onnx(
         model: converted by ``convert_``, or in training (a converted copy is written then).
         args: example arguments; their first axis is the batch.
         path: the file; it appears whole or not at all.
-        form: ``"integer"`` computes what ``convert_`` computes, with ConvInteger, MatMulInteger and int64 arithmetic:
-            the same integers, bit for bit. ``"qdq"`` puts QuantizeLinear and DequantizeLinear around float operators,
-            the form that runtimes turn into their own int8 kernels; they round sums in their own way, so single codes
-            may differ by one.
+        form: ``"qdq"`` puts QuantizeLinear and DequantizeLinear around float operators, the form that runtimes turn
+            into their own int8 kernels; they round sums in their own way, so single codes may differ by one.
+            ``"integer"`` computes what ``convert_`` computes, with ConvInteger, MatMulInteger and int64 arithmetic:
+            the same integers, bit for bit.
         metadata: texts to store in the file.
 
     Raises:
         MissingDependencyError: ``onnx`` is not installed (``pip install 'gradbits[export]'``).
         GraphError: the model cannot compute in integers, or a step has no form in ONNX.
-        ArgumentError: an unknown form, arguments that the model does not take, or a file that cannot be written.
+        ArgumentError: an unknown form, or arguments that the model does not take.
+        DtypeError: arguments, a path or metadata of a wrong type.
+        GradbitsError: the file cannot be written.
 
     >>> import tempfile, gradbits as gb
     >>> net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(16, 4)
@@ -59,8 +61,20 @@ def onnx(
     """
     check_module(model)
     check_choice(form, "form", FORMS)
+    check_instance(path, "path", str, Path)
+    _check_metadata(metadata)
     data = onnx_model(as_integer(model), args, form, metadata).SerializeToString()
     write_atomically(Path(path), lambda file: file.write(data))
+
+
+def _check_metadata(metadata: Any) -> None:
+    if metadata is None:
+        return
+    if not isinstance(metadata, Mapping):
+        raise DtypeError(f"metadata={metadata!r}: must map names to texts")
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise DtypeError(f"metadata={{{key!r}: {value!r}}}: must map names to texts")
 
 
 def as_integer(model: nn.Module) -> IntegerModel:
@@ -93,6 +107,9 @@ def onnx_model(
 ) -> Any:
     """Return the ``onnx.ModelProto`` of an integer model, checked."""
     values = example(model, args)
+    for name in model.inputs:
+        if values[name].dtype != torch.float32:  # the constants that meet them are float32, and ONNX converts nothing
+            raise DtypeError(f"args: {name} has dtype {values[name].dtype}; must be torch.float32")
     writer = Writer()
     qdq = QDQ(writer)
     inputs = [writer.info(writer.fresh(name), values[name]) for name in model.inputs]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import nn
 
-from gradbits.core.checks import check_choice, check_float_tensor, check_integer, check_number
+from gradbits.core.checks import check_float_tensor, check_integer, check_number
 from gradbits.core.errors import ArgumentError, DtypeError
 from gradbits.nn.stochastic import bernoulli, firing_probability
 
@@ -49,6 +52,15 @@ def _per_example(losses: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     return losses.detach().to(torch.promote_types(h.dtype, torch.float32)).view(-1, *(1,) * (h.dim() - 1))
 
 
+def _check_baseline(baseline: Any) -> str | float:
+    legal = f"baseline={baseline!r}: must be 'minimum_variance' or a finite number"
+    if isinstance(baseline, bool) or not isinstance(baseline, (str, int, float)):
+        raise DtypeError(legal)
+    if baseline != "minimum_variance" and (isinstance(baseline, str) or not math.isfinite(baseline)):
+        raise ArgumentError(legal)
+    return baseline
+
+
 class ReinforceNeuron(nn.Module):
     r"""Stochastic binary units whose gradient is estimated from the loss alone, with a baseline for each unit.
 
@@ -89,11 +101,7 @@ class ReinforceNeuron(nn.Module):
     ) -> None:
         super().__init__()
         check_integer(units, "units", 1)
-        if isinstance(baseline, str):
-            check_choice(baseline, "baseline", ("minimum_variance",))
-        else:
-            check_number(baseline, "baseline", -torch.inf)
-        self.baseline = baseline
+        self.baseline = _check_baseline(baseline)
         self.decay = check_number(decay, "decay", 0.0, 1.0, open_high=True)
         self.epsilon = check_number(epsilon, "epsilon", 0.0, open_low=True)
         self.generator = generator

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gradbits.core.checks import check_bits, check_choice, check_module
-from gradbits.core.errors import ArgumentError
+from gradbits.core.errors import ArgumentError, DtypeError
 from gradbits.core.grain import PerTensor
 from gradbits.nn import quantize_
 from gradbits.nn.layers import QUANTIZED_CLASSES
@@ -54,16 +54,21 @@ def calibrate(
 
     Args:
         model: in float; run in evaluation mode, without gradients, and left as it was.
-        batches: inputs of the model.
-        forward: runs the model on a batch; None calls ``model(batch)``.
+        batches: inputs of the model; of a tuple or list, as a ``DataLoader`` gives (inputs, targets), the first.
+        forward: runs the model on a whole batch; None calls ``model(inputs)``.
 
     Raises:
         ArgumentError: no batch with elements, a value that is not finite, or a quantized model.
+        DtypeError: ``batches`` cannot be iterated over or is one tensor, or ``forward`` cannot be called.
 
     >>> calibrate(nn.Linear(2, 1), [torch.tensor([[0.0, 1.0]]), torch.tensor([[-3.0, 0.5]])])
     {'': (-3.0, 1.0)}
     """
     check_module(model)
+    if isinstance(batches, torch.Tensor) or not isinstance(batches, Iterable):
+        raise DtypeError(f"batches: must be a list of batches or a DataLoader, not {type(batches).__name__}")
+    if forward is not None and not callable(forward):
+        raise DtypeError(f"forward={forward!r}: must be a function of the model and a batch, or None")
     found: Ranges = {}
 
     def widen(name: str, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -78,7 +83,10 @@ def calibrate(
 
     with _watched(model, widen), torch.no_grad():
         for batch in batches:
-            forward(model, batch) if forward is not None else model(batch)
+            if forward is not None:
+                forward(model, batch)
+            else:
+                model(batch[0] if isinstance(batch, (tuple, list)) and batch else batch)
     if not found:
         raise ArgumentError("batches: no layer saw a value; must hold at least one batch that is not empty")
     return found
@@ -135,19 +143,24 @@ def evaluate_bits(
     Args:
         model: in float.
         evaluate: returns the quality of a model of this kind.
-        batches: for calibration, a few training batches.
+        batches: for calibration, a few training batches, as for ``calibrate``.
         bits: of weights and activations, 2 to 8; a pair gives each its own.
         weights, activations: ``"symmetric"`` or ``"affine"`` (zero is exact in both).
         forward: as for ``calibrate``.
 
     Raises:
         ArgumentError: bits or a scheme that are not legal, no usable batch, or a quantized model.
+        DtypeError: an argument of a wrong type, or ``evaluate`` returns no number.
 
     >>> net = nn.Linear(2, 1); x = torch.tensor([[0.3, 0.9]])
     >>> found = evaluate_bits(net, lambda m: float((m(x) - net(x)).abs()), [x], bits=(8, 2))
     >>> found[8] < 0.02, list(found)
     (True, [8, 2])
     """
+    if not callable(evaluate):
+        raise DtypeError(f"evaluate={evaluate!r}: must be a function that takes a model and returns a number")
+    if not isinstance(bits, Iterable):
+        raise DtypeError(f"bits={bits!r}: must be a sequence of numbers of bits, such as (8, 4)")
     pairs: dict[Bits, tuple[int, int]] = {}
     for each in bits:
         pair = each if isinstance(each, tuple) else (each, each)
@@ -161,4 +174,10 @@ def evaluate_bits(
     }
     ranges = calibrate(model, batches, forward)
     with torch.no_grad():
-        return {each: float(evaluate(post_training(model, ranges, recipe))) for each, recipe in recipes.items()}
+        return {each: _number(evaluate(post_training(model, ranges, recipe))) for each, recipe in recipes.items()}
+
+
+def _number(quality: object) -> float:
+    if not hasattr(quality, "__float__") or (isinstance(quality, torch.Tensor) and quality.numel() != 1):
+        raise DtypeError(f"evaluate: must return a number, not {type(quality).__name__}")
+    return float(quality)

@@ -12,7 +12,7 @@ from torch import nn
 
 from gradbits.core.checks import check_choice, check_integer
 from gradbits.core.errors import ArgumentError
-from gradbits.observe.closed_form import product_variance
+from gradbits.observe.closed_form import ClosedForm, product_variance
 from gradbits.observe.replay import (
     PRODUCTS,
     Layers,
@@ -214,14 +214,18 @@ def _by_layer(uses: list[Use], draws: int) -> Iterator[GradientNoise]:
             inputs = {"grad_input": x.detach().requires_grad_(), "grad_weight": weight.detach().requires_grad_()}
             with torch.enable_grad():
                 y = layer.run(*inputs.values(), bias, size)
-            call = y.grad_fn.call
+            call = getattr(y.grad_fn, "call", None)
             for moment, grad in zip(
                 moments.values(), torch.autograd.grad(y, [inputs[product] for product in moments], g), strict=True
             ):
                 moment.add(grad)
         restore_states(own, states)
         for product, moment in moments.items():
-            form = product_variance(call, product, g, weight if product == "grad_input" else x)
+            if call is not None:
+                form = product_variance(call, product, g, weight if product == "grad_input" else x)
+            else:  # a batch norm is folded into the layer and comes last in its graph
+                known = 0.0 if getattr(layer.assignment.recipe, product) is None else math.nan
+                form = ClosedForm(known, known)
             yield moment.row(use.name, product, form.predicted, form.bound)
 
 

@@ -60,8 +60,9 @@ def gradient_l1(
         every: the term comes with every so many steps only, then that much larger.
 
     Raises:
-        ArgumentError: a coefficient that is negative or not finite, a loss that is no scalar or has no gradient, a
-            weight that is frozen or has no part in the loss, a model without such layers.
+        ArgumentError: a coefficient that is negative or not finite, a loss that is no scalar, has no gradient or went
+            through ``backward``, a weight that is frozen or has no part in the loss, a model without such layers.
+        DtypeError: ``recorded`` is not what ``record_activations`` gives, or another argument has a wrong type.
         DoubleBackwardError: a layer is quantized; its integer products have no second derivative.
 
     References:
@@ -90,10 +91,10 @@ def gradient_l1(
                 f"activation={activation}: needs recorded=..., what record_activations(model) gave while the loss was "
                 "computed, with at least one activation that requires a gradient"
             )
-        wanted += [(name, y, activation) for name, y in recorded]
+        wanted += [(name, y, activation) for name, y in _checked(recorded)]
     _refuse_quantized(model)
     with torch.autocast(loss.device.type, enabled=False), torch.enable_grad():
-        grads = torch.autograd.grad(loss, [t for _, t, _ in wanted], create_graph=True, allow_unused=True)
+        grads = _first_derivatives(loss, [t for _, t, _ in wanted])
         total = loss.new_zeros((), dtype=torch.float32)
         for (name, _, coefficient), grad in zip(wanted, grads, strict=True):
             if grad is None:
@@ -123,6 +124,27 @@ def _check_loss(loss: torch.Tensor) -> None:
         raise ArgumentError(f"loss: has shape {tuple(loss.shape)}; must be a scalar, the mean over the batch")
     if not loss.requires_grad:
         raise ArgumentError("loss: has no gradient; compute it outside of torch.no_grad, before backward")
+
+
+def _checked(recorded: Recorded) -> Recorded:
+    legal = "must be what record_activations(model) gave, a list of (name, tensor) pairs"
+    if not isinstance(recorded, (list, tuple)):
+        raise DtypeError(f"recorded: {legal}, not {type(recorded).__name__}")
+    for index, each in enumerate(recorded):
+        if not (isinstance(each, tuple) and len(each) == 2 and isinstance(each[1], torch.Tensor)):
+            raise DtypeError(f"recorded[{index}]: {legal}; this is {type(each).__name__}")
+        if not each[1].requires_grad:
+            raise ArgumentError(f"recorded[{index}]: input of layer {each[0]!r} requires no gradient; leave it out")
+    return list(recorded)
+
+
+def _first_derivatives(loss: torch.Tensor, tensors: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+    try:
+        return torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise
+        raise ArgumentError("loss: went through backward, which freed its graph; call gradient_l1 before") from error
 
 
 def quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

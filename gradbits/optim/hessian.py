@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gradbits.core.checks import check_integer, check_module, check_number
-from gradbits.core.errors import ArgumentError
+from gradbits.core.errors import ArgumentError, DtypeError
 from gradbits.core.ranks import mean_over_ranks
 from gradbits.nn.quantized import Quantized
 from gradbits.nn.twice import twice_differentiable
@@ -132,6 +132,7 @@ def measure_deltas_(
 
     Raises:
         ArgumentError: no layer measures its factor, no batch, or a loss that is no scalar.
+        DtypeError: ``losses`` gives something else than functions.
 
     References:
         Lee, Kim, Ham, CVPR 2021, arXiv:2104.00903.
@@ -142,6 +143,8 @@ def measure_deltas_(
         raise ArgumentError("model: no layer follows a recipe that measures the scaling of its gradients")
     rule = rule or layers[0].assignment.recipe.hessian
     assert rule is not None
+    if isinstance(losses, torch.Tensor) or not isinstance(losses, Iterable):
+        raise DtypeError(f"losses: must give functions that return the loss of a batch, not {type(losses).__name__}")
     keys = [(layer.assignment.name, role) for role in ("input", "weight") for layer in layers]
     sums = {key: _Sum() for key in keys}
     divisor = 0
@@ -169,6 +172,8 @@ def _measure(
     draw: Probe | None,
 ) -> None:
     """Add one batch's ratios."""
+    if not callable(loss):
+        raise DtypeError(f"losses: must give functions that return the loss of a batch; one is {type(loss).__name__}")
     seen.clear()
     with torch.enable_grad():
         value = loss()

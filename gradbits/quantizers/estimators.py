@@ -12,6 +12,8 @@ from gradbits.core.grain import Grain
 from gradbits.core.spec import Spec
 from gradbits.quantizers.grids import Grid
 
+COLDEST = 1e-30  # least temperature: 1/T is finite in float32, so that 0/T is 0 and no gradient NaN
+
 
 @dataclass(frozen=True, kw_only=True)
 class STE(Spec):
@@ -32,6 +34,9 @@ class STE(Spec):
     """
 
     clip: bool = False
+
+    def __post_init__(self) -> None:
+        check_instance(self.clip, f"{type(self).__name__}.clip", bool)
 
     def mask(self, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor | None:
         """Return where the gradient passes, or what it is multiplied with; None where it passes everywhere."""
@@ -98,6 +103,7 @@ class ClippedSTE(STE):
     ends: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_number(self.limit, "ClippedSTE.limit", 0.0, open_low=True)
         check_instance(self.ends, "ClippedSTE.ends", bool)
 
@@ -118,7 +124,7 @@ class SigmoidSTE(STE):
 
     Args:
         clip: as for ``STE``.
-        temperature: T.
+        temperature: T, at least 1e-30.
 
     References:
         Bengio, Léonard, Courville, 2013, arXiv:1308.3432.
@@ -130,7 +136,8 @@ class SigmoidSTE(STE):
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        check_number(self.temperature, "SigmoidSTE.temperature", 0.0, open_low=True)
+        super().__post_init__()
+        check_number(self.temperature, "SigmoidSTE.temperature", COLDEST)
 
     @property
     def shapes(self) -> bool:
@@ -149,7 +156,7 @@ class HardSigmoidSTE(STE):
 
     Args:
         clip: as for ``STE``.
-        temperature: T.
+        temperature: T, at least 1e-30.
 
     References:
         Bengio, Léonard, Courville, 2013, arXiv:1308.3432; this slope and offset are those of binarized networks.
@@ -161,7 +168,8 @@ class HardSigmoidSTE(STE):
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        check_number(self.temperature, "HardSigmoidSTE.temperature", 0.0, open_low=True)
+        super().__post_init__()
+        check_number(self.temperature, "HardSigmoidSTE.temperature", COLDEST)
 
     @property
     def shapes(self) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from gradbits.core.checks import check_choice, check_instance, check_integer
-from gradbits.core.errors import ArgumentError, DtypeError, ScaleAxisError
+from gradbits.core.errors import ArgumentError, DtypeError, GradbitsError, ScaleAxisError
 from gradbits.core.grain import PerBlock, PerChannel, PerTensor
 from gradbits.core.spec import Spec
 from gradbits.quantizers.grids import Grid
@@ -287,5 +288,11 @@ def _set(spec: Any, path: str, value: Any, whole: str) -> Any:
     new = _set(current, rest, value, whole) if rest else value
     try:
         return replace(spec, **{head: new})
+    except GradbitsError as error:
+        # the spec names its own field; whoever set it knows the path only
+        own = rf"({type(spec).__name__}\.)?{head}=.*?: (?=must )"
+        if rest or not re.match(own, str(error), re.DOTALL):
+            raise
+        raise type(error)(f"{whole}={value!r}: {re.sub(own, '', str(error), count=1, flags=re.DOTALL)}") from None
     except TypeError as error:
         raise ArgumentError(f"{whole}={value!r}: {error}") from None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
-from gradbits.core.errors import ArgumentError
+from gradbits.core.errors import ArgumentError, GradbitsError
 from gradbits.recipes.recipe import Recipe, parse_value
 
 Factory = Callable[..., Recipe]
@@ -120,4 +121,16 @@ def recipe(name: str, **options: Any) -> Recipe:
     for option, value in options.items():
         if option not in legal:
             raise ArgumentError(f"{option}={value!r}: recipe {name!r} has the options {', '.join(legal)}")
-    return known[name].factory(**options)
+    try:
+        return known[name].factory(**options)
+    except GradbitsError as error:
+        raise type(error)(_renamed(str(error), options)) from None
+
+
+def _renamed(message: str, options: Mapping[str, Any]) -> str:
+    """Return a message about a field of a spec, as ``Symmetric.bits=1: ...``, as one about the option behind it."""
+    for option, value in options.items():
+        found = re.match(rf"\w+\.(\w+)={re.escape(repr(value))}: ", message)
+        if found and re.search(rf"(^|_){found[1]}$", option):
+            return f"{option}={value!r}: {message[found.end() :]}"
+    return message

@@ -127,6 +127,7 @@ def open_network(
     chosen = _model(path, model, metadata)
     if model_set is None and model in (None, metadata.get("model")):
         model_set = _model_set(path, metadata)
+    check_model_set(model_set)
     options = TrainOptions(
         data=data or _told(path, metadata, "data"),
         data_dir=None if data_dir is None else str(data_dir),
@@ -151,6 +152,18 @@ def open_network(
         raise ArgumentError(f"model={chosen!r}: cannot be built: {_first_line(error)}") from error
     load_tensors(network.model, tensors, f"{path}: does not fit model {chosen!r}{_shown(options.model_set)}")
     return Opened(network=network, task=task, options=options, seed=seed, metadata=metadata)
+
+
+def check_model_set(texts: Sequence[str] | None) -> None:
+    """Refuse arguments of a model that are no ``name=value``.
+
+    Raises:
+        ArgumentError: names ``model_set``.
+    """
+    for text in texts or ():
+        name, _, value = text.partition("=")
+        if not name.strip() or not value.strip():
+            raise ArgumentError(f"model_set={text!r}: must be name=value, for example width=8")
 
 
 def _evaluate(network: Network, task: Task, seed: int, model: str) -> float:

@@ -11,18 +11,20 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from gradbits.core.errors import ArgumentError, CorruptDataError, MissingDependencyError
+from gradbits.core.errors import ArgumentError, CorruptDataError, GradbitsError, MissingDependencyError
 from gradbits.core.files import write_atomically
 from gradbits.train.checkpoint import load_checkpoint
 from gradbits.train.compressing import weight_sparsity
 from gradbits.train.datasets import TEXT_SETS, load_data
 from gradbits.train.entry import Entry
+from gradbits.train.evaluate import has_diverged
 from gradbits.train.evaluate_bits import evaluate_network_bits
+from gradbits.train.evaluate_file import check_model_set
 from gradbits.train.folder import Folder, check_usable, claim, open_run, read_run, write_run
 from gradbits.train.interrupt import StopRequest, stop_on_signals
 from gradbits.train.log import Log, NoLog
 from gradbits.train.loop import Plan, Position, read_position, restore, train
-from gradbits.train.measure import measure
+from gradbits.train.measure import Cost, measure
 from gradbits.train.model_file import model_metadata, save_model
 from gradbits.train.network import Network, build_network
 from gradbits.train.options import DRAWS, OWN_WIRE, TrainOptions
@@ -140,6 +142,7 @@ class Experiment:
         So what is wrong is refused before anything is written, and not after hours in the networks before it.
         """
         options = self.options
+        check_model_set(options.model_set)
         data = load_data(
             options.data or "",
             data_dir=Path(options.data_dir) if options.data_dir else None,
@@ -261,11 +264,10 @@ class Experiment:
                 networks.append(network)
             wires = [self._wire_record(network, end) for network, (_, end) in zip(networks, group, strict=True)]
             widths = self.options.eval_bits
-            together = self.ranks.world > 1
-            alone = None if together else stop
+            alone = None if self.ranks.world > 1 else stop
             bits = [evaluate_network_bits(network, self.task, widths, seed, alone) for network in networks]
             sparsities = [weight_sparsity(network.model) for network in networks]  # before measuring trains them on
-            costs = measure(networks, self.task, seed, alone, together=together)
+            costs = self._costs(networks, seed, alone)
             for (job, end), cost, sparsity, found, wire in zip(group, costs, sparsities, bits, wires, strict=True):
                 records.append(
                     make_record(
@@ -284,6 +286,25 @@ class Experiment:
                 )
         return records
 
+    def _costs(self, networks: list[Network], seed: int, stop: StopRequest | None) -> list[Cost | None]:
+        """Measure the networks side by side; a diverged one that refuses to go on costs None and spoils no other."""
+        together = self.ranks.world > 1
+        diverged = [has_diverged(network.model) for network in networks]
+        try:
+            return list(measure(networks, self.task, seed, stop, together=together))
+        except GradbitsError:
+            if not any(diverged):
+                raise
+        kept = [network for network, lost in zip(networks, diverged, strict=True) if not lost]
+        costs = iter(measure(kept, self.task, seed, stop, together=together) if kept else ())
+        found: list[Cost | None] = []
+        for network, lost in zip(networks, diverged, strict=True):
+            try:
+                found.append(measure([network], self.task, seed, stop, together=together)[0] if lost else next(costs))
+            except GradbitsError:
+                found.append(None)
+        return found
+
     def _measure_variances(self, folder: Folder, title: str, stop: StopRequest) -> None:
         """Measure the gradients of the first seed's quantized networks; show them, write them, draw them."""
         networks = []
@@ -294,9 +315,17 @@ class Experiment:
                 restore(networks[-1], job.checkpoint, self._identity(job))
         batch = self.task.batch(seed, self.total)  # the one that would have been trained on next
         reports = {}
-        for network, report in measure_variances(networks, batch, self.options.draws or DRAWS, stop):
-            reports[network.entry.label] = report
-            self.console.print(f"\n{network.entry.label}\n{report}", markup=False, highlight=False, soft_wrap=True)
+        for network in networks:
+            label = network.entry.label
+            try:
+                ((_, report),) = measure_variances([network], batch, self.options.draws or DRAWS, stop)
+            except GradbitsError as error:
+                if not has_diverged(network.model):
+                    raise
+                self.console.print(f"\n{label}\ndiverged: {error}", markup=False, highlight=False, soft_wrap=True)
+                continue
+            reports[label] = report
+            self.console.print(f"\n{label}\n{report}", markup=False, highlight=False, soft_wrap=True)
         self.console.print(variance_table(reports))
         save_variances(folder.variance, reports, seed=seed, step=self.total)
         with self._without_plots(folder.variance_picture):

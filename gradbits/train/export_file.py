@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,12 +85,15 @@ def export_file(
         where: ``data``, ``data_dir``, ``limit``, ``model``, ``model_set`` and ``recipe`` as for ``evaluate_file``.
 
     Raises:
-        ArgumentError: a file that was not trained for integers, and as in ``evaluate_file``.
+        ArgumentError: a file that was not trained for integers, an output that is the input, and as in
+            ``evaluate_file``.
         GraphError: the model cannot compute in integers.
     """
     path = Path(path)
     if form not in FORMS:
         raise ArgumentError(f"form={form!r}: must be one of {', '.join(map(repr, FORMS))}")
+    target = path.with_suffix(".pt2" if form == "pt2" else ".onnx") if out is None else Path(out)
+    _refuse_input(path, target)
     opened = open_network(path, device="cpu", **where)
     model = opened.network.model.eval()
     if graph_forward(model) is None:
@@ -97,7 +101,6 @@ def export_file(
             f"{path}: was trained with {opened.network.entry.label!r}, which is no recipe for integer inference; train "
             "with qat_int8, or give --recipe qat_int8 with a checkpoint that holds its ranges"
         )
-    target = path.with_suffix(".pt2" if form == "pt2" else ".onnx") if out is None else Path(out)
     integer = convert_(copy.deepcopy(model))
     batch = next(iter(opened.task.test_batches())).inputs[:BATCH]
     told = {key: opened.metadata[key] for key in ("data", "model", "recipe", "seed") if key in opened.metadata}
@@ -109,6 +112,12 @@ def export_file(
     checked = _check(opened, integer, forms, batch, threads) if check else ()
     samples = sum(len(b.targets) for b in opened.task.test_batches()) if check else 0
     return Exported(path=target, form=form, samples=samples, checked=checked)
+
+
+def _refuse_input(path: Path, target: Path) -> None:
+    """Refuse to write over the model itself, which may have another name through a link."""
+    if path.exists() and target.exists() and os.path.samefile(path, target):
+        raise ArgumentError(f"out={str(target)!r}: is the model {str(path)!r} itself; must be another file")
 
 
 def output_scale(model: IntegerModel) -> torch.Tensor:

@@ -35,7 +35,7 @@ def make_record(
     task: Task,
     seed: int,
     at: Position,
-    cost: Cost,
+    cost: Cost | None,
     command: str,
     model_file: str,
     sparsity: float,
@@ -48,7 +48,7 @@ def make_record(
     over all steps, if there were fewer). ``model_file`` is relative to the folder of the run; ``sparsity`` is the part
     of exact zeros among the weights of two axes or more. ``bits_results`` holds the test metric after post-training
     quantization by number of bits, or None.
-    ``wire`` says what several ranks sent each other.
+    ``wire`` says what several ranks sent each other. ``cost`` is None where a diverged network could not be measured.
     """
     record = {
         "network": entry.label,
@@ -69,9 +69,9 @@ def make_record(
         "init": options.init,
         "train_loss": at.final_loss / at.final_steps,
         task.metric: at.metric,
-        "step_ms_median": cost.step_ms,
-        "saved_bytes": cost.saved_bytes,
-        "gradient_bits": cost.gradient_bits,
+        "step_ms_median": None if cost is None else cost.step_ms,
+        "saved_bytes": None if cost is None else cost.saved_bytes,
+        "gradient_bits": None if cost is None else cost.gradient_bits,
         "seconds": at.seconds,
         "device": options.device,
         "threads": options.threads,
@@ -80,7 +80,7 @@ def make_record(
         "gradient_l1": options.gradient_l1,
         "gradient_l1_activations": options.gradient_l1_activations,
         "gradient_l1_start": options.gradient_l1_start,
-        "bits_results": None if bits is None else {str(b): v for b, v in bits.items()},
+        "bits_results": None if bits is None else {str(b): _or_none(v) for b, v in bits.items()},
         "prune": options.prune,
         "share": options.share,
         "sparsity": sparsity,
@@ -89,7 +89,11 @@ def make_record(
         "versions": versions(),
         "command": command,
     }
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return {k: _or_none(v) for k, v in record.items()}
+
+
+def _or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def versions() -> dict[str, str]:
@@ -152,19 +156,19 @@ def results_table(records: Sequence[Record]) -> Table:
     for label, group in groups.items():
         value, spread = _mean(group, metric), _spread(group, metric)
         scale, digits = (100, 2) if accuracy else (1, 3)
-        # a loss that is no longer a number is a result too, and the test accuracy alone would hide it
-        diverged = any(record[metric] is None or record["train_loss"] is None for record in group)
+        diverged = _diverged(group, metric)
         quality = f"{scale * value:.{digits}f}" + (f" ± {scale * spread:.{digits}f}" if spread is not None else "")
         quality += " %" if accuracy else ""
-        step = _mean(group, "step_ms_median")
+        step, width = _mean(group, "step_ms_median"), _mean(group, "gradient_bits")
+        relative = step / _mean(reference, "step_ms_median") if reference else math.nan
         table.add_row(
             label,
             "diverged" if diverged else quality,
             _difference(value, _mean(reference, metric), accuracy) if reference and not diverged else "",
-            f"{step:.1f} ms",
-            f"{step / _mean(reference, 'step_ms_median'):.2f}x" if reference else "",
+            "" if math.isnan(step) else f"{step:.1f} ms",
+            "" if math.isnan(relative) else f"{relative:.2f}x",
             _bytes(_mean(group, "saved_bytes")),
-            f"{_mean(group, 'gradient_bits'):.4g}",
+            "" if math.isnan(width) else f"{width:.4g}",
             *((_bytes(_mean(group, "wire_bytes_per_step")), f"{_mean(group, 'wire_ratio'):.1f}x") if wired else ()),
         )
     return table
@@ -188,9 +192,15 @@ def bits_table(records: Sequence[Record]) -> Table | None:
         table.add_column(heading, justify="right", no_wrap=True)
     for label, group in groups.items():
         flat = [{metric: record[metric], **record["bits_results"]} for record in group]
-        values = [_mean(flat, key) for key in (metric, *widths)]
-        table.add_row(label, *(f"{100 * value:.2f} %" if accuracy else f"{value:.3f}" for value in values))
+        values = [math.nan if _diverged(group, metric) else _mean(flat, key) for key in (metric, *widths)]
+        shown = (f"{100 * value:.2f} %" if accuracy else f"{value:.3f}" for value in values)
+        table.add_row(label, *("diverged" if math.isnan(v) else text for v, text in zip(values, shown, strict=True)))
     return table
+
+
+def _diverged(group: Sequence[Record], metric: str) -> bool:
+    # a loss that is no longer a number is a result too, and the test accuracy alone would hide it
+    return any(record[metric] is None or record["train_loss"] is None for record in group)
 
 
 def _mean(group: Sequence[Record], key: str) -> float:
@@ -207,4 +217,6 @@ def _difference(value: float, reference: float, accuracy: bool) -> str:
 
 
 def _bytes(count: float) -> str:
+    if math.isnan(count):
+        return ""
     return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.2f} kB"

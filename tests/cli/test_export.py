@@ -114,3 +114,45 @@ def test_files_without_ranges_or_with_bad_ones(trained, tmp_path, monkeypatch, c
     assert run(monkeypatch, "export", str(tmp_path / "x.pt"), "--data", "digits", "--model", "mlp") == 2
     assert "recipe" in capsys.readouterr().err
     assert run(monkeypatch, "export", str(tmp_path / "absent")) == 2
+
+
+def test_the_model_itself_is_never_written_over(trained, tmp_path, monkeypatch, capsys):
+    model = tmp_path / "model.safetensors"
+    model.write_bytes(model_of(trained).read_bytes())
+    before = model.read_bytes()
+    soft, hard = tmp_path / "soft.onnx", tmp_path / "hard.onnx"
+    soft.symlink_to(model)
+    hard.hardlink_to(model)
+    program = tmp_path / "program.pt2"  # with the suffix that the form has anyway
+    program.symlink_to(model)
+    for source, arguments in (
+        (model, ("--out", str(model))),
+        (model, ("--out", str(tmp_path / "." / "model.safetensors"))),
+        (model, ("--out", str(soft))),
+        (model, ("--out", str(hard), "--form", "integer")),
+        (program, ("--form", "pt2")),
+    ):
+        assert run(monkeypatch, "export", str(source), *arguments) == 2
+        assert "must be another file" in capsys.readouterr().err
+        assert model.read_bytes() == before
+
+
+def test_arguments_of_the_model_have_their_own_example(trained, tmp_path, monkeypatch, capsys):
+    legal = "model_set='foo': must be name=value, for example width=8"
+    assert run(monkeypatch, "export", str(model_of(trained)), "--model-set", "foo") == 2
+    assert legal in capsys.readouterr().err
+    assert run(monkeypatch, "train", "--model-set", "foo", "--out", str(tmp_path / "new")) == 2
+    assert legal in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("bits", ["8,,4", "8,4,", ",8", ""])
+def test_an_empty_number_of_bits_is_none(tmp_path, monkeypatch, capsys, bits):
+    arguments = ("--recipe", "fp32", "--eval-bits", bits, "--out", str(tmp_path / "new"))
+    assert run(monkeypatch, "train", *TRAIN, *arguments) == 2
+    assert f"eval_bits={bits!r}: must be integers with commas between them" in capsys.readouterr().err
+
+
+def test_the_help_names_both_suffixes(monkeypatch, capsys):
+    assert run(monkeypatch, "export", "--help") == 0
+    assert ".pt2" in capsys.readouterr().out

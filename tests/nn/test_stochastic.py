@@ -16,6 +16,7 @@ from gradbits.core.errors import ArgumentError, DtypeError
 from gradbits.nn.reinforce import reinforce_gradient
 from gradbits.nn.stochastic import bernoulli, firing_probability
 from gradbits.quantizers.estimators import STE, ClippedSTE, HardSigmoidSTE, SigmoidSTE
+from gradbits.quantizers.ewgs import EWGS
 from gradbits.quantizers.grids import Symmetric
 from gradbits.quantizers.lsq import LSQ
 from gradbits.quantizers.quantizer import Quantizer
@@ -364,3 +365,35 @@ def test_losses_must_be_one_for_each_example():
         neuron(torch.zeros(4, 3))
     with pytest.raises(ArgumentError, match="baseline"):
         reinforce_gradient(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), float("inf"))
+
+
+@pytest.mark.parametrize("estimator", [STE, ClippedSTE, SigmoidSTE, HardSigmoidSTE, LSQ, EWGS])
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_clip_is_yes_or_no(estimator, value):
+    with pytest.raises(DtypeError, match=f"{estimator.__name__}.clip={value!r}: must be bool"):
+        estimator(clip=value)
+
+
+@pytest.mark.parametrize("estimator", [SigmoidSTE, HardSigmoidSTE])
+def test_the_coldest_temperature_gives_no_nan(estimator):
+    for value in (1e-300, 9e-31):
+        with pytest.raises(ArgumentError, match=f"temperature={value}"):
+            estimator(temperature=value)
+    x = torch.tensor([-3.0, -1e-30, 0.0, 1e-35, 3.0], requires_grad=True)
+    gb.nn.BinaryNeuron("sigmoid", estimator(temperature=1e-30))(x).sum().backward()
+    assert bool(torch.isfinite(x.grad).all())
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        ("x", ArgumentError),
+        (float("inf"), ArgumentError),
+        (float("nan"), ArgumentError),
+        (None, DtypeError),
+        (True, DtypeError),
+    ],
+)
+def test_a_baseline_is_a_name_or_a_number(value, error):
+    with pytest.raises(error, match=f"baseline={value!r}: must be 'minimum_variance' or a finite number"):
+        gb.nn.ReinforceNeuron(4, baseline=value)

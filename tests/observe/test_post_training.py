@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import gradbits as gb
-from gradbits.core.errors import ArgumentError
+from gradbits.core.errors import ArgumentError, DtypeError
 from gradbits.nn.quantized import Quantized
 from gradbits.observe import calibrate, evaluate_bits
 from gradbits.observe.post_training import post_training, post_training_recipe
@@ -109,3 +109,31 @@ def test_refusals():
     gb.quantize_(net, "int8_dynamic")
     with pytest.raises(ArgumentError, match="is quantized"):
         calibrate(net, batches())
+
+
+def test_batches_of_a_loader_are_pairs():
+    net = network()
+    pairs = [(x, torch.zeros(len(x))) for x in batches()]
+    alone = evaluate_bits(net, distance(net), batches(), bits=(6,))
+    assert evaluate_bits(net, distance(net), pairs, bits=(6,)) == alone
+    assert evaluate_bits(net, distance(net), [list(pair) for pair in pairs], bits=(6,)) == alone
+    # a function of one's own gets the whole batch
+    assert calibrate(net, pairs, lambda model, pair: model(pair[0])) == calibrate(net, batches())
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"bits": 8}, "bits=8"),
+        ({"bits": None}, "bits=None"),
+        ({"evaluate": None}, "evaluate=None"),
+        ({"evaluate": lambda model: None}, "evaluate: must return a number"),
+        ({"evaluate": lambda model: torch.ones(2)}, "evaluate: must return a number"),
+        ({"batches": torch.zeros(2, 2, 8, 8)}, "batches: must be a list"),
+        ({"batches": 3}, "batches: must be a list"),
+        ({"forward": 3}, "forward=3"),
+    ],
+)
+def test_wrong_types_are_named(given, named):
+    with pytest.raises(DtypeError, match=named):
+        evaluate_bits(network(), **{"evaluate": lambda model: 1.0, "batches": batches(), "bits": (8,), **given})

@@ -219,3 +219,15 @@ def test_the_test_for_bias_has_its_level():
     for _ in range(40):
         biased.add(torch.randn(10) @ mix + mix[0])
     assert biased.row("", "", 0.0, 0.0).bias_z > 6
+
+
+def test_layers_with_folded_batch_norms_are_exact():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2))
+    gb.quantize_(net, "qat_int8")
+    x = torch.randn(6, 2, 6, 6)
+    report = gb.observe.measure_variance(net, lambda: net(x).square().mean(), draws=3)
+    assert {row.layer for row in report.rows} == {"0", "4"}
+    for row in report.rows:
+        assert (row.predicted, row.bound) == (0.0, 0.0)
+        assert row.variance < 1e-9 * row.size  # float32's rounding

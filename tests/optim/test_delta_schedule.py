@@ -196,3 +196,34 @@ def test_the_float_path_computes_what_the_layer_computes():
         net.train()
         assert torch.allclose(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max())), recipe
         assert len(seen) == 6
+
+
+def test_a_schedule_is_checked_before_the_first_step():
+    net, *_ = network()
+    for losses in (5, None, "x", [torch.ones(())]):
+        with pytest.raises(DtypeError, match=r"losses=.*function of the step"):
+            gb.optim.DeltaSchedule(net, losses, steps_per_epoch=3)
+    for losses in (lambda: 1.0, lambda step, count: 1.0):
+        with pytest.raises(ArgumentError, match=r"losses: .*cannot be called with a step"):
+            gb.optim.DeltaSchedule(net, losses, steps_per_epoch=3)
+    with pytest.raises(DtypeError, match="model"):
+        gb.optim.DeltaSchedule("x", lambda step: [], steps_per_epoch=3)
+    for total, error in ((0, ArgumentError), ("x", DtypeError)):
+        with pytest.raises(error, match="total"):
+            gb.optim.DeltaSchedule(net, lambda step: [], steps_per_epoch=3, total=total)
+
+
+def test_steps_count_from_one():
+    net, x, y = network()
+    schedule = gb.optim.DeltaSchedule(net, lambda step: [loss_of(net, x, y)], steps_per_epoch=1)
+    for step, error in ((0, ArgumentError), (-3, ArgumentError), ("x", DtypeError), (1.0, DtypeError)):
+        with pytest.raises(error, match="step="):
+            schedule.after_step(step)
+    assert schedule.latest == {}
+
+
+@pytest.mark.parametrize("given", [1.0, torch.tensor(1.0), torch.ones(3), [torch.tensor(1.0)], ["x"]])
+def test_losses_are_functions(given):
+    net, *_ = network()
+    with pytest.raises(DtypeError, match="losses: must give functions"):
+        gb.optim.DeltaSchedule(net, lambda step: given, steps_per_epoch=1).after_step(1)

@@ -310,3 +310,20 @@ def test_data_parallel(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert {p.suffix for p in tmp_path.glob("rendezvous.*")} == {".0", ".1"}
+
+
+def test_what_is_recorded_is_checked():
+    net, (x, y) = network(), batch()
+    for recorded in ("x", [x], [("0", 1.0)], [(x, "0")], {"0": x}):
+        with pytest.raises(DtypeError, match=r"recorded.*record_activations"):
+            gb.gradient_l1(F.cross_entropy(net(x), y), net, activation=0.1, recorded=recorded)
+    with pytest.raises(ArgumentError, match="requires no gradient"):
+        gb.gradient_l1(F.cross_entropy(net(x), y), net, activation=0.1, recorded=[("0", x)])
+
+
+def test_it_comes_before_backward():
+    net, (x, y) = network(), batch()
+    loss = F.cross_entropy(net(x), y)
+    loss.backward()
+    with pytest.raises(ArgumentError, match="loss: went through backward"):
+        gb.gradient_l1(loss, net)

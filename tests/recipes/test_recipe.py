@@ -12,7 +12,7 @@ from gradbits.core.errors import ArgumentError, GradbitsError
 from gradbits.core.grain import PerRow
 from gradbits.quantizers.grids import Affine
 from gradbits.quantizers.quantizer import Quantizer
-from gradbits.recipes.recipe import GradInput, Output, Recipe
+from gradbits.recipes.recipe import GradInput, Output, Recipe, parse_value
 from gradbits.recipes.registry import configured
 
 
@@ -207,3 +207,52 @@ def test_settings_by_name_are_options_first():
 def test_settings_that_are_not_legal(name, settings, message):
     with pytest.raises(GradbitsError, match=message):
         configured(name, settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("qat_int8", {"weight_bits": 1}, "weight_bits=1: must be an integer from 2 to 8"),
+        ("qat_int8", {"activation_bits": 1}, "activation_bits=1: must be an integer from 2 to 8"),
+        ("qat_int8", {"activation_bits": 4, "weight_bits": 9}, "weight_bits=9: must be an integer from 2 to 8"),
+        ("qat_int8", {"decay": 2}, "decay=2: must be a number in [0, 1)"),
+        ("qat_int8", {"delay": -1}, "delay=-1: must be an integer of at least 0"),
+        ("qat_int8", {"freeze": "x"}, "freeze='x': must be an integer of at least 0"),
+        ("qat_int8", {"rounding": "up"}, "rounding='up': must be one of 'single', 'double'"),
+        ("ewgs", {"period": 0, "samples": 0}, "period=0: must be an integer of at least 1"),
+        ("ewgs", {"quantizer_rate": -1}, "quantizer_rate=-1: must be a number in [0, inf)"),
+        ("lsq", {"quantizer_rate": "x"}, "quantizer_rate='x': must be a number in [0, inf)"),
+        ("int8_dynamic", {"bits": 1}, "bits=1: must be an integer from 2 to 8"),
+        ("adaptive_int8", {"bits": 9}, "bits=9: must be an integer from 2 to 8"),
+    ],
+)
+def test_an_error_names_the_option_that_was_given(name, options, message):
+    with pytest.raises(GradbitsError) as caught:
+        gb.recipe(name, **options)
+    assert str(caught.value) == message
+    with pytest.raises(GradbitsError) as caught:
+        configured(name, options)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value", "legal"),
+    [
+        ("ewgs", "weight.bits", "9", "an integer from 1 to 8"),
+        ("ewgs", "output.weight.bits", "9", "an integer from 1 to 8"),
+        ("ewgs", "hessian.period", "0", "an integer of at least 1"),
+        ("ewgs", "hessian.period", "x", "an integer of at least 1"),
+        ("ewgs", "hessian.tolerance", "-1", "a number in [0, inf)"),
+        ("ewgs", "hessian", "5", "HessianScaling or None"),
+        ("ewgs", "quantizer_learning.rate", "-1", "a number in [0, inf)"),
+        ("qat_int8", "qat.delay", "-1", "an integer of at least 0"),
+        ("qat_int8", "qat.rounding", "triple", "one of 'single', 'double'"),
+        ("qat_int8", "input.range.decay", "2", "a number in [0, 1)"),
+        ("int8_dynamic", "gradient.bits", "1", "an integer from 2 to 8"),
+    ],
+)
+def test_an_error_names_the_path_that_was_set(name, path, value, legal):
+    shown = repr(parse_value(value))
+    with pytest.raises(GradbitsError) as caught:
+        gb.recipe(name).with_overrides({path: value})
+    assert str(caught.value) == f"{path}={shown}: must be {legal}"

@@ -9,10 +9,13 @@ import signal
 
 import pytest
 import torch
+from rich.console import Console
 
+import gradbits.train.evaluate_bits as bits_module
 import gradbits.train.experiment as module
-from gradbits.core.errors import ArgumentError, CorruptDataError
+from gradbits.core.errors import ArgumentError, CorruptDataError, NonFiniteError
 from gradbits.train import Experiment, TrainOptions
+from gradbits.train.evaluate import has_diverged
 from gradbits.train.interrupt import Interrupted
 from gradbits.train.log import read_log
 from gradbits.train.network import Network
@@ -232,3 +235,59 @@ def test_handlers_and_threads_are_put_back(tmp_path):
     Experiment(options, out=tmp_path).run()
     assert signal.getsignal(signal.SIGINT) is handler
     assert torch.get_num_threads() == threads
+
+
+def test_a_diverged_network_is_a_result_and_ends_no_run(tmp_path, monkeypatch, capsys):
+    """A network whose parameters are no numbers may refuse whatever is asked of it; the others go on."""
+
+    def refusing(real, refuses):
+        def wrapped(first, *args, **kwargs):
+            if any(refuses(each) for each in (first if isinstance(first, list) else [first])):
+                raise NonFiniteError("real=[nan]: must be finite")
+            return real(first, *args, **kwargs)
+
+        return wrapped
+
+    def is_qat(network):
+        return network.entry.recipe == "qat_int8"
+
+    monkeypatch.setattr(module, "measure", refusing(module.measure, is_qat))
+    monkeypatch.setattr(module, "measure_variances", refusing(module.measure_variances, is_qat))
+    refused = refusing(bits_module.evaluate_bits, has_diverged)
+    monkeypatch.setattr(bits_module, "evaluate_bits", refused)
+    real = Network.forward
+
+    def forward(self, batch, module=None):
+        if self.entry.recipe == "qat_int8" and not self.model.training:
+            raise NonFiniteError("real=[nan]: must be finite")
+        return real(self, batch, module)
+
+    monkeypatch.setattr(Network, "forward", forward)
+    networks = ("fp32", "qat_int8", "int8_dynamic")
+    given = {"lr": 1e30, "eval_bits": (8, 4), "measure_variance": True, "draws": 3}
+    options = dataclasses.replace(TINIEST, networks=networks, **given)
+    records = Experiment(options, out=tmp_path, console=Console(width=120)).run()
+    assert json.loads((tmp_path / "results.json").read_text()) == records
+    diverged = records[1]
+    assert diverged["test_accuracy"] is None
+    assert diverged["bits_results"] == {"8": None, "4": None}
+    assert diverged["step_ms_median"] is None
+    assert records[0]["step_ms_median"] > 0
+    assert records[2]["step_ms_median"] > 0
+    shown = capsys.readouterr().out
+    assert shown.count("diverged") >= 4
+    assert "nan" not in shown.partition("vs fp32")[2].partition("qat_int8")[2].partition("\n")[0]
+
+
+def test_a_network_that_is_finite_and_refuses_is_an_error(tmp_path, monkeypatch):
+    real = Network.forward
+
+    def forward(self, batch, module=None):
+        if not self.model.training:
+            raise ArgumentError("a: wrong")
+        return real(self, batch, module)
+
+    monkeypatch.setattr(Network, "forward", forward)
+    experiment = Experiment(TINIEST, out=tmp_path)
+    with pytest.raises(ArgumentError, match="a: wrong"):
+        experiment.run()
