@@ -3,7 +3,7 @@ r"""Quantized Adam with error feedback: moments stay at the workers, updates and
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,17 @@ import torch.distributed as dist
 
 from gradbits.core.checks import check_integer, check_number
 from gradbits.core.errors import ArgumentError, CorruptDataError, WireError
-from gradbits.optim.wired import as_stored, check_shapes, named_parameters
+from gradbits.optim.stored import as_stored, check_ranks, check_stored, check_wire, merge_parts
+from gradbits.optim.wired import (
+    Agreed,
+    add_group,
+    agree,
+    broadcast_parameters,
+    check_dense,
+    check_params,
+    named_parameters,
+    take_gradient,
+)
 from gradbits.wire import CommState
 from gradbits.wire.buffers import GroupBuffers
 from gradbits.wire.codec import Codec
@@ -40,7 +50,9 @@ class QuantizedAdam(torch.optim.Optimizer):
     all-to-all of encoded updates, one all-gather of encoded weights; each part of a parameter has a scale of its own.
     Without a process group there is one worker. Do not wrap the model in DDP: gradients stay where they are. Parameters
     below ``min_elements``, and vectors below 64 times as many, are not quantized. **The parameters are replaced by**
-    :math:`Q_x(x)` **when the optimizer is made**, so build it last, on every rank, with equal weights.
+    :math:`Q_x(x)` **when the optimizer is made**, so build it last, on every rank. All ranks begin with the parameters
+    of rank 0 (buffers, such as those of batch norm, stay each rank's own). Parameters that do not require a gradient
+    when it is made are left as they are; so is, in each step, one without gradient on any rank: what it owes waits.
 
     Args:
         params: parameters, named parameters or groups of them.
@@ -55,10 +67,11 @@ class QuantizedAdam(torch.optim.Optimizer):
         min_elements: parameters with fewer are not quantized.
         process_group: the workers; None: the default group, or this process alone where there is none.
 
-    A step in which a gradient is not finite on any worker changes nothing on any; ``skipped`` counts them.
+    A step in which a gradient (or its square) is not finite on any worker changes nothing on any; ``skipped`` counts
+    them. A GradScaler leaves that decision, and unscaling, to the optimizer; its scale is that of its own rank.
 
     Raises:
-        ArgumentError, DtypeError: an option that is not legal.
+        ArgumentError, DtypeError: an option that is not legal; parameters that differ between ranks.
 
     References:
         Chen et al., Quantized Adam with Error Feedback, arXiv:2004.14180. Grids and schedules are the ones commonly
@@ -71,6 +84,8 @@ class QuantizedAdam(torch.optim.Optimizer):
     >>> bool((weight < 1).all())
     True
     """
+
+    _step_supports_amp_scaling = True  # GradScaler calls step() on every rank, whatever its own gradients are
 
     def __init__(
         self,
@@ -88,7 +103,7 @@ class QuantizedAdam(torch.optim.Optimizer):
     ) -> None:
         defaults = {"lr": lr, "beta": beta, "theta": theta, "eps": eps, "weight_decay": weight_decay}
         self._ready = False
-        super().__init__(params, defaults)
+        super().__init__(check_params(params), defaults)
         for codec, name in ((update, "update"), (weight, "weight")):
             if codec is not None and not isinstance(codec, Codec):
                 raise ArgumentError(f"{name}={codec!r}: must be a codec or None")
@@ -104,6 +119,7 @@ class QuantizedAdam(torch.optim.Optimizer):
             process_group=process_group,
         )
         self.comm.setup()
+        broadcast_parameters(self._parameters, self.comm.transport)
         self._group_of = {p: group for group in self.param_groups for p in group["params"]}
         for buffers in self.comm.groups:
             self._start(buffers)
@@ -113,13 +129,8 @@ class QuantizedAdam(torch.optim.Optimizer):
         """Add a group of parameters; possible only while the optimizer is made."""
         if self._ready:
             raise ArgumentError("param_group: QuantizedAdam takes all groups when it is made")
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        check_number(group["lr"], "lr", 0.0)
-        check_number(group["beta"], "beta", 0.0, 1.0, open_high=True)
-        check_number(group["theta"], "theta", 0.0, 1.0)
-        check_number(group["eps"], "eps", 0.0, open_low=True)
-        check_number(group["weight_decay"], "weight_decay", 0.0)
+        add_group(super().add_param_group, param_group)
+        _check_group(self.param_groups[-1])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -129,19 +140,21 @@ class QuantizedAdam(torch.optim.Optimizer):
             closure: computes the loss again and returns it.
 
         Raises:
+            UnsupportedError: a gradient is sparse; nothing has been sent.
             WireError: an exchange failed; names the step.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        finite = all(_usable(p.grad) for p in self._parameters.values())
+        check_dense(self._parameters)
         try:
-            if not bool(self.comm.transport.gather_values(torch.tensor([finite])).all()):
+            agreed = agree(self, self._parameters, self.comm.transport)
+            if agreed is None:
                 self.skipped += 1
                 return loss
             for buffers in self.comm.groups:
-                self._step_group(buffers)
+                self._step_group(buffers, agreed)
         except (RuntimeError, CorruptDataError) as error:
             raise WireError(f"step {self.comm.step}: {' '.join(str(error).split())[:300]}") from error
         self.comm.step += 1
@@ -161,15 +174,17 @@ class QuantizedAdam(torch.optim.Optimizer):
         """Take this worker's state; the parameters become :math:`Q_x(x)` again, which all ranks must do together.
 
         Raises:
-            ArgumentError: the state of another rank, or of another number of ranks.
+            ArgumentError: the state of another rank, of another number of ranks, or of other parameters.
+            CorruptDataError, DtypeError: a state of something else, or a damaged one. The optimizer is then as it was.
         """
-        wire, transport = state_dict.get("wire", {}), self.comm.transport
-        if (wire.get("rank"), wire.get("world")) != (transport.rank, transport.world):
+        found, transport = check_wire(self, state_dict, "state_dict"), self.comm.transport
+        if found != (transport.rank, transport.world):
             raise ArgumentError(
-                f"state_dict: of rank {wire.get('rank')} of {wire.get('world')}; this is rank {transport.rank} of "
+                f"state_dict: of rank {found[0]} of {found[1]}; this is rank {transport.rank} of "
                 f"{transport.world}. load_ranks takes the states of all ranks"
             )
-        check_shapes(self, state_dict, ("m", "v", "e"))
+        check_stored(self, self._parameters, state_dict, self._shapes(transport.world), _check_group, "state_dict")
+        wire = state_dict["wire"]
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "wire"})
         as_stored(self, state_dict)
         self._group_of = {p: group for group in self.param_groups for p in group["params"]}
@@ -184,25 +199,33 @@ class QuantizedAdam(torch.optim.Optimizer):
 
         As many as before go on bit for bit. Otherwise each new worker takes the mean of the old moments and errors, so
         that :math:`x - \\frac1N\\sum_i e_i` stays what it was, and the parts of x are cut anew.
+
+        Raises:
+            ArgumentError, CorruptDataError, DtypeError: as ``load_state_dict``; not the states of all ranks.
         """
-        transport = self.comm.transport
+        transport, states = self.comm.transport, check_ranks(states)
+        found = [check_wire(self, state, "states") for state in states]
+        if found != [(rank, len(states)) for rank in range(len(states))]:
+            have = ", ".join(f"{rank} of {world}" for rank, world in found)
+            raise ArgumentError(f"states: of the ranks {have}; must be those of all ranks, once each, in their order")
+        for state in states:
+            check_stored(self, self._parameters, state, self._shapes(len(states)), _check_group, "states")
         if len(states) == transport.world:
             self.load_state_dict(dict(states[transport.rank]))
             return
         merged = copy.deepcopy(dict(states[0]))
-        slots = self._slots()
         numbers = [number for group in merged["param_groups"] for number in group["params"]]
-        for number, name in zip(numbers, self._parameters, strict=True):
+        number_of = dict(zip((p for group in self.param_groups for p in group["params"]), numbers, strict=True))
+        for name, slot in self._slots().items():
+            number = number_of[self._parameters[name]]
             parts = [state["state"][number] for state in states]
-            for key in ("m", "v", "e"):
-                merged["state"][number][key] = torch.stack([part[key] for part in parts]).mean(0)
-            whole = torch.cat([part["x"] for part in parts])[: slots[name].numel]
-            own = torch.zeros(slots[name].chunk)
-            part = whole[transport.rank * slots[name].chunk :][: slots[name].chunk]
-            own[: len(part)] = part
-            merged["state"][number]["x"] = own
+            merged["state"][number] = merge_parts(parts, slot, transport.rank)
         merged["wire"] = {**merged["wire"], "rank": transport.rank, "world": transport.world}
         self.load_state_dict(merged)
+
+    def _shapes(self, world: int) -> Callable[[torch.nn.Parameter], dict[str, torch.Size]]:
+        """Return a function that returns the shapes of a parameter's states where there are ``world`` ranks."""
+        return lambda p: {**dict.fromkeys("mve", p.shape), "x": torch.Size([-(-p.numel() // world)])}
 
     def _slots(self) -> dict[str, Slot]:
         return {s.name: s for b in self.comm.groups for s in (*b.layout.coded, *b.layout.raw)}
@@ -232,32 +255,36 @@ class QuantizedAdam(torch.optim.Optimizer):
                 encoder.decode_into(frame, buffers.layout, buffers.coded[row])
         self._read(buffers)
 
-    def _step_group(self, buffers: GroupBuffers) -> None:
+    def _step_group(self, buffers: GroupBuffers, agreed: Agreed) -> None:
         for slot, rows in self._rows(buffers):
-            parameter = self._parameters[slot.name]
-            slot.write(rows, self._wanted(parameter))
+            if slot.name in agreed.silent:
+                slot.view(rows).zero_()
+            else:
+                slot.write(rows, self._wanted(self._parameters[slot.name], agreed))
         transport, layout = self.comm.transport, buffers.layout
         self.comm.traffic.plain += transport.plain_bytes(layout.numel)
-        coded, raw = self._mean_updates(buffers)
+        coded, raw = self._mean_updates(buffers, agreed)
         for slots, mean in ((layout.coded, coded), (layout.raw, raw)):
             for slot in slots:
+                if slot.name in agreed.silent:
+                    continue
                 parameter = self._parameters[slot.name]
                 group, x = self._group_of[parameter], self.state[parameter]["x"]
                 x.mul_(1 - group["lr"] * group["weight_decay"]).sub_(mean[slot.start : slot.start + slot.chunk])
         self._publish(buffers)
 
-    def _wanted(self, parameter: torch.Tensor) -> torch.Tensor:
-        """Return u + e, the moments being moved; a parameter without gradient wants what it still owes."""
+    def _wanted(self, parameter: torch.nn.Parameter, agreed: Agreed) -> torch.Tensor:
+        """Return u + e, the moments being moved; a parameter without gradient here wants what it still owes."""
         group, state = self._group_of[parameter], self.state[parameter]
-        if parameter.grad is None:
+        gradient = take_gradient(parameter, agreed)
+        if gradient is None:
             return state["e"]
-        gradient = parameter.grad.float()
         state["v"].mul_(group["theta"]).addcmul_(gradient, gradient, value=1 - group["theta"])
         state["m"].mul_(group["beta"]).add_(gradient, alpha=1 - group["beta"])
         # a coordinate without any gradient so far is 0 / 0 where theta is 0
         return group["lr"] * state["m"] / state["v"].clamp(min=TINY).sqrt() + state["e"]
 
-    def _mean_updates(self, buffers: GroupBuffers) -> tuple[torch.Tensor, torch.Tensor]:
+    def _mean_updates(self, buffers: GroupBuffers, agreed: Agreed) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the mean of the workers' quantized updates of the part that this rank serves; errors are kept."""
         transport, layout, encoder = self.comm.transport, buffers.layout, self._encoder(self.update)
         error = torch.zeros_like(buffers.coded)
@@ -283,8 +310,8 @@ class QuantizedAdam(torch.optim.Optimizer):
                 coded += found
                 raw += plain
         for slot in layout.coded:
-            parameter = self._parameters[slot.name]
-            slot.read(error, self.state[parameter]["e"])
+            if slot.name not in agreed.silent:
+                slot.read(error, self.state[self._parameters[slot.name]]["e"])
         for slot in layout.raw:
             self.state[self._parameters[slot.name]]["e"].zero_()
         return coded / transport.world, raw / transport.world
@@ -365,9 +392,9 @@ class QuantizedAdam(torch.optim.Optimizer):
         return next((len(message) for message in messages if message is not None), 0)
 
 
-def _usable(gradient: torch.Tensor | None) -> bool:
-    """Return whether a gradient and its squares are finite in float32."""
-    if gradient is None or not gradient.numel():
-        return True
-    low, high = torch.aminmax(gradient.float())
-    return bool(torch.isfinite(low * low) & torch.isfinite(high * high))
+def _check_group(group: Mapping[str, Any]) -> None:
+    check_number(group["lr"], "lr", 0.0)
+    check_number(group["beta"], "beta", 0.0, 1.0, open_high=True)
+    check_number(group["theta"], "theta", 0.0, 1.0)
+    check_number(group["eps"], "eps", 0.0, open_low=True)
+    check_number(group["weight_decay"], "weight_decay", 0.0)
