@@ -16,11 +16,28 @@ from torch.autograd.function import once_differentiable
 FOLDABLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def why_not_foldable(norm: nn.Module) -> str | None:
-    """Return why a batch norm cannot be folded, or None."""
+def why_not_foldable(norm: Any, layer: Any = None) -> str | None:
+    """Return why a batch norm cannot be folded, or None.
+
+    Args:
+        norm: of any class.
+        layer: the linear layer or convolution before it; its outputs must be what the norm normalises.
+    """
     if type(norm) not in FOLDABLE:
         return f"{type(norm).__name__} is no batch norm"
-    return None if getattr(norm, "running_var", None) is not None else "it keeps no running statistics"
+    if norm.running_var is None:
+        return "it keeps no running statistics"
+    if layer is None:
+        return None
+    channels, dims = layer.weight.shape[0], max(layer.weight.dim() - 2, 1)
+    if norm.num_features != channels:
+        return f"its {norm.num_features} features are not the {channels} outputs of the layer"
+    return None if type(norm) is FOLDABLE[dims - 1] else f"{type(norm).__name__} does not normalise the layer's outputs"
+
+
+def has_outputs_at_axis_1(layer: Any, x: torch.Tensor) -> bool:
+    """Whether the outputs of a layer for ``x`` lie along axis 1, which its batch norm normalises."""
+    return x.dim() == layer.weight.dim()
 
 
 def fold(

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
 from torch.fx import Node
 
-from gradbits.core.errors import GraphError
 from gradbits.nn.convolutions import QuantizedConvTranspose1d, QuantizedConvTranspose2d, QuantizedConvTranspose3d
 from gradbits.nn.fold import why_not_foldable
-from gradbits.nn.matmul import Matmul
 from gradbits.nn.quantized import Quantized
+from gradbits.nn.tracing import trace
 
 ADD = (operator.add, operator.iadd, torch.add)
 CAT = (torch.cat, torch.concat, torch.concatenate)
@@ -68,33 +67,6 @@ class Plan:
     def left_in_float(self) -> list[Step]:
         """The steps that have no integer form."""
         return [step for step in self.steps.values() if step.kind == "float"]
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (Quantized, Matmul)) or super().is_leaf_module(m, module_qualified_name)
-
-
-def trace(model: nn.Module) -> fx.Graph:
-    """Return the graph of ``model`` down to PyTorch's layers and functions.
-
-    Raises:
-        GraphError: its forward depends on values or has another form that cannot be followed.
-    """
-    if isinstance(model, Quantized):
-        graph = fx.Graph()
-        x = graph.placeholder("input")
-        graph.output(graph.call_module("", (x,)))
-        return graph
-    try:
-        return _Tracer().trace(model)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise GraphError(
-            f"model: its forward cannot be traced: {reason}. This recipe quantizes the whole graph; let forward take "
-            "tensors and depend on no values (torch.fx.symbolic_trace must succeed), or call quantize_ on the part of "
-            "the model that does, such as its backbone"
-        ) from error
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -170,7 +142,7 @@ def _fuse_norm(step: Step, modules: dict[str, nn.Module], called: dict[str, int]
     user = _only_user(step.node)
     if user is None or user.op != "call_module" or isinstance(layer, TRANSPOSED) or called[str(user.target)] > 1:
         return
-    if why_not_foldable(modules[str(user.target)]) is None:
+    if why_not_foldable(modules[str(user.target)], layer) is None:
         step.norm, step.node = str(user.target), user
 
 
@@ -208,10 +180,10 @@ def _kind(node: Node, modules: dict[str, nn.Module], called: dict[str, int], pla
         return "float", f"{node.target} is a tensor of the model"
     target, args, kwargs = node.target, node.args, node.kwargs
     name = str(target if isinstance(target, str) else getattr(target, "__name__", target))
+    if any(isinstance(a, Node) and plan.steps[a].kind == "shape" for a in args[:2]) and not _holds_values(plan, args):
+        return "shape", ""
     if (target in ADD or (node.op == "call_method" and target in ("add", "add_"))) and len(args) == 2:
         both = all(isinstance(a, Node) for a in args) and not kwargs
-        if both and any(plan.steps[a].kind == "shape" for a in args):  # type: ignore[index]
-            return "shape", ""
         return ("add", "") if both else ("float", f"{name} has an operand that is no value of the graph")
     if target in CAT:
         return "cat", ""
@@ -224,17 +196,21 @@ def _kind(node: Node, modules: dict[str, nn.Module], called: dict[str, int], pla
         return ("mean", "") if plain else ("float", f"{name} pads, rounds sizes up or divides by another number")
     if target in ("size", "dim") or (target is getattr and args[1] == "shape"):
         return "shape", ""
+    if target in MAX_POOL_FUNCTIONS:
+        plain = max_pool_of(node) is not None
+        return ("passive", "") if plain else ("float", f"{name} returns indices or rounds sizes up")
+    if target in (F.dropout, torch.dropout):
+        off = _dropout_is_off(node)
+        return ("passive", "") if off else ("float", f"{name} drops values in evaluation too; give it self.training")
+    if target == "view" and any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values())):
+        return "float", f"{name} reads the bits as another dtype"
     first = args[0] if args else None
-    if isinstance(first, Node) and plan.steps[first].kind == "shape":
-        return "shape", ""
-    moves = (node.op == "call_method" and target in SHAPES) or target in MOVES or target in MAX_POOL_FUNCTIONS
+    moves = (node.op == "call_method" and target in SHAPES) or target in MOVES
     if moves or activation_bounds(node, modules) == (0.0, None):
         return "passive", ""
     if target is operator.getitem and not any(n is not first for n in node.all_input_nodes):
         return "passive", ""
     if target is F.pad and _pads_zeros(node):
-        return "passive", ""
-    if target is F.dropout:
         return "passive", ""
     return "float", f"{name} has no integer form"
 
@@ -280,6 +256,29 @@ def window_of(node: Node) -> tuple[tuple[int, int], tuple[int, int]] | None:
         return None
     window, stride = given["kernel_size"], given.get("stride") or given["kernel_size"]
     return _two(window), _two(stride)
+
+
+def max_pool_of(node: Node) -> nn.Module | None:
+    """Return a call of a max pooling function as a module, or None where it does more than take maxima of windows."""
+    names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    if given.get("ceil_mode") or given.get("return_indices"):
+        return None
+    numbers = {key: given[key] for key in names[1:5] if given.get(key) not in (None, (), [])}
+    if any(output_nodes(list(numbers.values()))):
+        return None
+    dims = int(str(getattr(node.target, "__name__", ""))[-2])  # max_pool2d
+    return MAX_POOLS[dims - 1](**numbers)
+
+
+def _dropout_is_off(node: Node) -> bool:
+    """Whether a dropout function does nothing in evaluation, whose arguments the graph has."""
+    args = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | dict(node.kwargs)
+    return args.get("training", args.get("train", True)) is False
+
+
+def _holds_values(plan: Plan, args: Any) -> bool:
+    return any(plan.steps[node].kind != "shape" for node in output_nodes(list(args)))
 
 
 def _two(value: Any) -> tuple[int, int]:

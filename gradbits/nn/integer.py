@@ -13,6 +13,7 @@ from gradbits.core.errors import ArgumentError
 from gradbits.kernels import reference
 from gradbits.kernels.fixed_point import Multiplier, requantize, rounding_shift
 from gradbits.kernels.geometry import ConvGeometry, channels_first, channels_last
+from gradbits.nn.integer_state import Numbered
 
 PIECE = 1 << 18  # output elements of the samples that are worked on at once
 
@@ -33,9 +34,10 @@ class Codes:
     high: int
 
 
-class Quantize(nn.Module):
+class Quantize(Numbered):
     r"""Codes of a float input, :math:`q = \mathrm{clamp}(\mathrm{round}(x\,r) + Z)` with the float32 reciprocal r."""
 
+    numbers = ("codes",)
     inverse: torch.Tensor
 
     def __init__(self, codes: Codes, inverse: torch.Tensor) -> None:
@@ -52,9 +54,10 @@ class Quantize(nn.Module):
         return str(self.codes)
 
 
-class Dequantize(nn.Module):
+class Dequantize(Numbered):
     """Floats of codes, or of the sums of a last layer."""
 
+    numbers = ("zero",)
     scale: torch.Tensor
 
     def __init__(self, scale: torch.Tensor, zero: int = 0) -> None:
@@ -78,12 +81,14 @@ class Shape:
         stride, dilation: one integer per spatial dimension; empty for a matrix product.
         padding: (before, after) of each spatial dimension.
         groups: of the convolution.
+        normed: whether a batch norm is folded in, so that the outputs must lie along axis 1.
     """
 
     stride: tuple[int, ...] = ()
     padding: tuple[tuple[int, int], ...] = ()
     dilation: tuple[int, ...] = ()
     groups: int = 1
+    normed: bool = False
 
     @property
     def spatial(self) -> int:
@@ -91,7 +96,7 @@ class Shape:
         return len(self.stride)
 
 
-class IntegerLayer(nn.Module):
+class IntegerLayer(Numbered):
     r"""A linear layer or convolution on int8 codes with int32 sums, its batch norm and activation included.
 
     .. math:: a = b + \sum (q_x - Z_x)\,q_w, \qquad q = \mathrm{clamp}(\mathrm{round}(M a) + Z)
@@ -109,6 +114,7 @@ class IntegerLayer(nn.Module):
         compute: ``"simulate"`` adds up in float64, everything else in int32.
     """
 
+    numbers = ("zero", "codes", "rounding")
     weight: torch.Tensor
     steps: torch.Tensor
     bias: torch.Tensor
@@ -162,9 +168,11 @@ class IntegerLayer(nn.Module):
         """Refuse a shape that the layer does not take: kernels trust the sizes they are given."""
         spatial = self.shape.spatial
         channels = self.weight.shape[1] * self.shape.groups
-        fits = x.dim() == spatial + 2 if spatial else x.dim() > 0
+        exact = bool(spatial) or self.shape.normed
+        fits = x.dim() == spatial + 2 if exact else x.dim() > 0
         if not fits or x.shape[1 if spatial else -1] != channels:
-            what = f"{spatial + 2} axes and {channels} channels" if spatial else f"{channels} features"
+            axes = f"{spatial + 2} axes and " if exact else ""
+            what = f"{axes}{channels} {'channels' if spatial else 'features'}"
             raise ArgumentError(f"input: shape {tuple(x.shape)} does not fit a layer; must have {what}")
 
     def _padded(self, x: torch.Tensor) -> torch.Tensor:
@@ -222,8 +230,10 @@ def _patch_sums(x: torch.Tensor, w: torch.Tensor, shape: Shape) -> torch.Tensor:
     return sums.reshape(x.shape[0], *spatial, w.shape[0])
 
 
-class IntegerSum(nn.Module):
+class IntegerSum(Numbered):
     r"""The sum of values of several scales, rounded once, :math:`q = Z + \mathrm{round}(2^{-s}\sum m_i(q_i - Z_i))`."""
+
+    numbers = ("zeros", "factors", "shift", "codes")
 
     def __init__(self, zeros: tuple[int, ...], factors: tuple[int, ...], shift: int, codes: Codes) -> None:
         super().__init__()
@@ -253,7 +263,7 @@ class IntegerCat(nn.Module):
         return torch.cat([part(value) for part, value in zip(self.parts, values, strict=True)], dim=self.axis)
 
 
-class IntegerMean(nn.Module):
+class IntegerMean(Numbered):
     r"""The mean over axes or windows: :math:`q = Z + \mathrm{round}(M_0 \sum(q_x - Z_x) / (2^{31+n} \cdot count))`.
 
     Args:
@@ -264,6 +274,8 @@ class IntegerMean(nn.Module):
         keep: whether averaged axes stay with size 1.
         window, stride: of a 2-d average pooling.
     """
+
+    numbers = ("zero", "multiplier", "codes")
 
     def __init__(
         self,
@@ -301,8 +313,10 @@ class IntegerMean(nn.Module):
         return f"{where}, codes={self.codes}"
 
 
-class Clamp(nn.Module):
+class Clamp(Numbered):
     """An activation that stands alone: codes between bounds."""
+
+    numbers = ("low", "high")
 
     def __init__(self, low: int, high: int) -> None:
         super().__init__()

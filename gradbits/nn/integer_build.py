@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from gradbits.core.errors import GraphError
+from gradbits.core.errors import ArgumentError, GraphError
 from gradbits.kernels.fixed_point import Multiplier, common_multipliers
 from gradbits.nn.fold import fold
 from gradbits.nn.graph import (
+    MAX_POOL_FUNCTIONS,
     TRANSPOSED,
     Step,
     activation_bounds,
+    max_pool_of,
     mean_axes,
     operands,
     output_nodes,
@@ -35,7 +37,7 @@ from gradbits.nn.integer import (
     Quantize,
     Shape,
 )
-from gradbits.nn.integer_model import Apply, IntegerModel, Ref
+from gradbits.nn.integer_model import Apply, IntegerModel, Pad, Ref
 from gradbits.quantizers.quantizer import Quantizer
 
 if TYPE_CHECKING:
@@ -54,7 +56,8 @@ def why_not_integer(forward: GraphForward) -> str | None:
     for step in plan.steps.values():
         if step.kind == "layer":
             layer = forward.model.get_submodule(str(step.head.target))
-            if reason := _layer_reason(layer):
+            norm = None if step.norm is None else forward.model.get_submodule(step.norm)
+            if reason := _layer_reason(layer) or _not_finite(layer, norm, step.norm):
                 return f"layer {step.head.target!r}: {reason}"
     waiting = [node.name for node in plan.sources if not forward.is_started(node)]
     if waiting:
@@ -73,6 +76,23 @@ def _layer_reason(layer: Any) -> str | None:
         return f"padding_mode={layer.padding_mode!r} has no integer form"
     terms = layer.weight[:1].numel()
     return f"{terms} products in a sum could overflow int32" if terms > TERMS else None
+
+
+@torch.no_grad()
+def _not_finite(layer: Any, norm: Any, path: str | None) -> str | None:
+    """Return which numbers of a layer or of its folded norm are not finite, or None."""
+    named = [("weight", layer.weight), ("bias", layer.bias)]
+    if norm is not None:
+        whose = f"of its batch norm {path!r}"
+        named += [(f"{key} {whose}", getattr(norm, key)) for key in ("weight", "bias", "running_mean", "running_var")]
+    for name, tensor in named:
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            return f"{name} is not finite; must be, to become integers"
+    if norm is not None:
+        for tensor in fold(norm, layer.weight.float(), None if layer.bias is None else layer.bias.float()):
+            if not bool(torch.isfinite(tensor).all()):
+                return f"its weight with the running statistics {whose} folded in is not finite; must be"
+    return None
 
 
 @torch.no_grad()
@@ -97,13 +117,20 @@ class _Builder:
         self.codes = {node: self._codes(node) for node in self.plan.sources}
 
     def run(self) -> IntegerModel:
-        inputs: list[str] = []
+        inputs: list[Node] = []
         for step in self.plan.steps.values():
             if step.kind == "output":
-                return self._finish(step, tuple(inputs))
+                return self._finish(step, inputs)
             if step.kind == "input":
-                inputs.append(str(step.node.target))
-            getattr(self, f"_{step.kind}")(step)
+                inputs.append(step.node)
+            try:
+                getattr(self, f"_{step.kind}")(step)
+            except ArgumentError as error:  # a scale that fixed-point numbers cannot express
+                name = step.head.target if step.kind == "layer" else step.head.name
+                raise GraphError(
+                    f"model: cannot be converted to integers: {step.kind} {name!r}: its scale over that of its "
+                    f"result: {error}; a weight, a bias or a range is out of all proportion"
+                ) from error
         raise GraphError("model: returns nothing")
 
     def _placed(self, node: Node) -> tuple[Quantizer, Any]:
@@ -161,7 +188,7 @@ class _Builder:
             codes,
             steps,
             whole,
-            _shape(layer),
+            _shape(layer, step.norm is not None),
             source.zero,
             target,
             multiplier,
@@ -217,17 +244,16 @@ class _Builder:
         inputs = node.all_input_nodes
         args, kwargs = _referring(node.args, inputs), _referring(node.kwargs, inputs)
         if node.target is F.pad and codes is not None:
-            kwargs = {**kwargs, "value": codes.zero}
-            args = args[:3]
-        if node.target is F.dropout:
-            kwargs = {**kwargs, "training": False}
-            args = args[:2]
-        target: Any = node.target
-        if node.op == "call_module":
+            self._append(name, Pad(args[:3], kwargs, codes.zero), *(self.name_of[n] for n in inputs))
+            return
+        target: Any = "reshape" if node.target == "view" else node.target  # codes may lie in another order in memory
+        if node.target in MAX_POOL_FUNCTIONS:
+            target, args, kwargs = max_pool_of(node), args[:1], {}
+        elif node.op == "call_module":
             target = copy.deepcopy(self.model.get_submodule(str(node.target))).eval()
         self._append(name, Apply(target, args, kwargs), *(self.name_of[n] for n in inputs))
 
-    def _finish(self, step: Step, inputs: tuple[str, ...]) -> IntegerModel:
+    def _finish(self, step: Step, inputs: list[Node]) -> IntegerModel:
         returned = list(dict.fromkeys(output_nodes(step.node.args[0])))
         for node in returned:
             codes = self.codes.get(source_of(self.plan, node))
@@ -237,7 +263,12 @@ class _Builder:
                 self._append(real, Dequantize(torch.tensor(codes.scale, dtype=torch.float32), codes.zero), name)
                 self.name_of[node] = real
         names = tuple(self.name_of[node] for node in returned)
-        return IntegerModel(inputs, self.operations, _referring(step.node.args[0], returned), names)
+        used = list(inputs)
+        while used and used[-1].args and not used[-1].users:  # an option at the end that nothing reads
+            used.pop()
+        signature = tuple(str(n.target) for n in inputs), {str(n.target): n.args[0] for n in inputs if n.args}
+        wanted = tuple(str(n.target) for n in used)
+        return IntegerModel(wanted, self.operations, _referring(step.node.args[0], returned), names, signature)
 
 
 def _referring(value: Any, nodes: list[Node]) -> Any:
@@ -282,9 +313,9 @@ def _limit(value: float | None, sums: torch.Tensor) -> torch.Tensor | None:
     return torch.round(value / sums).clamp(-largest, largest).to(torch.int64).clamp(-(1 << 31), (1 << 31) - 1).int()
 
 
-def _shape(layer: Any) -> Shape:
+def _shape(layer: Any, normed: bool) -> Shape:
     if isinstance(layer, nn.Linear):
-        return Shape()
+        return Shape(normed=normed)
     padding = layer.padding
     if padding == "valid":
         pairs = tuple((0, 0) for _ in layer.kernel_size)
@@ -293,7 +324,7 @@ def _shape(layer: Any) -> Shape:
         pairs = tuple((t // 2, t - t // 2) for t in total)
     else:
         pairs = tuple((p, p) for p in padding)
-    return Shape(tuple(layer.stride), pairs, tuple(layer.dilation), layer.groups)
+    return Shape(tuple(layer.stride), pairs, tuple(layer.dilation), layer.groups, normed)
 
 
 def _averaged(node: Node, model: nn.Module) -> dict[str, Any]:

@@ -29,8 +29,9 @@ def convert_(model: nn.Module) -> IntegerModel:
         The same object.
 
     Raises:
-        GraphError: the model was not quantized with ``qat_int8``, its ranges are not known yet, or a step has no
-            integer form; the message says which. The model stays as it was.
+        GraphError: the model was not quantized with ``qat_int8``, its ranges are not known yet, a step has no
+            integer form, or a layer's numbers are not finite or have no fixed-point form; the message says which. The
+            model stays as it was.
 
     References:
         Jacob et al., CVPR 2018, arXiv:1712.05877.

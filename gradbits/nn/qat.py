@@ -13,10 +13,13 @@ from torch.fx.node import map_arg
 
 from gradbits.core.errors import GraphError
 from gradbits.nn.assignment import QuantizerStates
-from gradbits.nn.fold import fold, folded_output
+from gradbits.nn.fold import fold, folded_output, has_outputs_at_axis_1
 from gradbits.nn.graph import Plan, Step, operands, plan_of, source_of
 from gradbits.nn.integer_build import build, why_not_integer
+from gradbits.nn.integer_model import IntegerModel
+from gradbits.nn.kept_integers import fingerprint
 from gradbits.nn.quantized import Quantized, init_states
+from gradbits.nn.tracing import arguments_of, attribute
 from gradbits.quantizers.estimators import STE, StraightThrough
 from gradbits.quantizers.quantizer import Quantizer
 from gradbits.quantizers.ranges import State
@@ -111,9 +114,10 @@ class GraphForward:
         self.rules: QAT = recipe.qat
         self.phase = Phase()
         self._plan: Plan | None = None
+        self._kept: tuple[Any, IntegerModel | None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_plan": None}  # a graph cannot be copied along; the model's is traced again
+        return {**vars(self), "_plan": None, "_kept": None}  # a graph cannot be copied; the model's is traced again
 
     @property
     def plan(self) -> Plan:
@@ -150,9 +154,7 @@ class GraphForward:
         if integers is not None and not torch.is_grad_enabled():
             return integers
         result = self._follow(given)
-        if integers is None or not isinstance(result, torch.Tensor):
-            return result
-        return StraightThrough.apply(result, integers, None) if result.requires_grad else integers
+        return result if integers is None else _through(result, integers)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments by the names of the graph's placeholders."""
@@ -175,13 +177,30 @@ class GraphForward:
 
     def _integers(self, given: dict[str, Any]) -> Any:
         """Return the result of integer inference, or None where the model or its input does not allow it."""
-        if why_not_integer(self) is not None:
-            return None
         tensors = [value for value in given.values() if isinstance(value, torch.Tensor)]
         if not all(bool(torch.isfinite(t).all()) for t in tensors):
             return None
+        integer = self._integer_model()
+        if integer is None:
+            return None
         with torch.no_grad():
-            return build(self)(*given.values())
+            return integer(**given)
+
+    def _integer_model(self) -> IntegerModel | None:
+        """Return the integer model of evaluation, or None where there is none; the last one while it still holds."""
+        found = fingerprint(self.model)
+        key = None if found is None else (self.compute, found)
+        if key is None or self._kept is None or self._kept[0] != key:
+            self._kept = (key, self._built())
+        return self._kept[1]
+
+    def _built(self) -> IntegerModel | None:
+        if why_not_integer(self) is not None:
+            return None
+        try:
+            return build(self).train(False)
+        except GraphError:  # scales without a fixed-point form: a network that has diverged
+            return None
 
     def _follow(self, given: dict[str, Any]) -> Any:
         """Go along the graph in floats, quantizing on the way."""
@@ -206,6 +225,8 @@ class GraphForward:
 
     def _compute(self, step: Step, values: dict[Node, Any]) -> Any:
         head = step.head
+        if step.norm is not None:
+            self._check_norm(step, values[operands(step)[0]])
         if step.kind == "add":
             first, second = operands(step)
             value = values[first] + values[second]
@@ -213,6 +234,16 @@ class GraphForward:
             value = _apply(self.model, head, values)
         low, high = step.bounds
         return value if low is None and high is None else value.clamp(low, high)
+
+    def _check_norm(self, step: Step, x: torch.Tensor) -> None:
+        layer = self.model.get_submodule(str(step.head.target))
+        if not has_outputs_at_axis_1(layer, x):
+            raise GraphError(
+                f"layer {step.norm!r} ({type(self.model.get_submodule(str(step.norm))).__name__}) normalises axis 1, "
+                f"but for an input of shape {tuple(x.shape)} the outputs of layer {step.head.target!r} lie elsewhere, "
+                "so it cannot be folded; give the layer [N, C] (or [N, C, ...] to a convolution), for example by "
+                f"x.flatten(0, 1), or leave it in float: quantize_(model, {{{step.head.target!r}: None, '*': ...}})"
+            )
 
     def _quantized(self, step: Step, value: torch.Tensor) -> torch.Tensor:
         quantizer, state = self.quantizer(step.node), self.state(step.node)
@@ -243,18 +274,36 @@ class GraphForward:
 
 def _apply(model: nn.Module, node: Node, values: dict[Node, Any]) -> Any:
     """Return what a node of the graph computes."""
-    args, kwargs = map_arg(node.args, values.__getitem__), map_arg(node.kwargs, values.__getitem__)
+    own_args, own_kwargs = arguments_of(node, model)
+    args, kwargs = map_arg(own_args, values.__getitem__), map_arg(own_kwargs, values.__getitem__)
     if node.op == "call_module":
-        return model.get_submodule(str(node.target))(*args, **kwargs)
+        module = model.get_submodule(str(node.target))
+        if getattr(module, "inplace", False):  # others read the value too
+            args = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args)
+            kwargs = {key: a.clone() if isinstance(a, torch.Tensor) else a for key, a in kwargs.items()}
+        return module(*args, **kwargs)
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     if node.op == "get_attr":
-        value: Any = model
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
-        return value
+        value = attribute(model, str(node.target))
+        # a tensor that forward makes is new in every pass: what changes it, as a batch norm does, changes this one
+        return value.clone() if str(node.target).startswith("_tensor_constant") else value
     function: Callable[..., Any] = node.target  # type: ignore[assignment]
     return function(*args, **kwargs)
+
+
+def _through(result: Any, integers: Any) -> Any:
+    """Return the values of ``integers`` with the gradients of ``result``, whatever dtype autocast gave that."""
+    if isinstance(result, torch.Tensor):
+        if not result.requires_grad:
+            return integers
+        return StraightThrough.apply(result.to(integers.dtype), integers, None)
+    if isinstance(result, dict):
+        return type(result)({key: _through(value, integers[key]) for key, value in result.items()})
+    if isinstance(result, (tuple, list)):
+        parts = [_through(value, other) for value, other in zip(result, integers, strict=True)]
+        return type(result)(*parts) if hasattr(result, "_fields") else type(result)(parts)
+    return result
 
 
 def graph_forward(model: nn.Module) -> GraphForward | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,16 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import gradbits as gb
-from gradbits.core.errors import ArgumentError, GraphError
+from gradbits.core.errors import ArgumentError, DtypeError, GradbitsError, GraphError
 from gradbits.export.onnx_model import onnx_model
 from gradbits.export.runtime import Runtime, float_onnx, latencies
 from gradbits.nn.integer import IntegerLayer
 from gradbits.nn.integer_model import IntegerModel
+from gradbits.train.export_file import export_file
 
 integers: Any = import_module("tests.nn.integers")
 NAMES, batch, trained = integers.NAMES, integers.batch, integers.trained
@@ -181,3 +185,100 @@ def test_latencies_and_float_files():
     runtime = Runtime(float_onnx(model, (X,)))
     assert np.allclose(runtime(X[:3])[0], outputs(model, X[:3])[0], atol=1e-5)
     assert len(latencies([runtime, runtime], (X,), repeats=2)) == 2
+
+
+def test_the_default_form_is_the_one_of_the_command_line(tmp_path):
+    gb.export.onnx(gb.convert_(trained("mlp")), (X,), tmp_path / "net.onnx")
+    proto = onnx.load(tmp_path / "net.onnx")
+    assert {p.key: p.value for p in proto.metadata_props} == {"gradbits": "qdq"}
+    assert signature(export_file).parameters["form"].default == "qdq"
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float64])
+def test_example_arguments_are_float32(tmp_path, dtype):
+    for form in ("integer", "qdq"):
+        with pytest.raises(DtypeError, match=r"args: .* must be torch\.float32"):
+            gb.export.onnx(trained("mlp"), (X.to(dtype),), tmp_path / "net.onnx", form=form)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"path": None}, "path=None"),
+        ({"path": 3}, "path=3"),
+        ({"metadata": {"a": 1}}, "metadata={'a': 1}: must map names to texts"),
+        ({"metadata": {1: "a"}}, "metadata={1: 'a'}: must map names to texts"),
+        ({"metadata": "abc"}, "metadata='abc': must map names to texts"),
+    ],
+)
+def test_types_of_an_export(tmp_path, given, named):
+    with pytest.raises(DtypeError, match=re.escape(named)):
+        gb.export.onnx(trained("mlp"), (X,), **{"path": tmp_path / "net.onnx", **given})
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_torch_export_refuses(tmp_path):
+    model = gb.convert_(trained("mlp"))
+    for count in (0, 1):
+        with pytest.raises(ArgumentError, match=f"args: a batch of {count}; must be at least 2"):
+            gb.export.torch_export(model, (X[:count],))
+    with pytest.raises(DtypeError, match="path=3"):
+        gb.export.torch_export(model, (X,), 3)  # type: ignore[arg-type]
+    with pytest.raises(GradbitsError, match="cannot be written"):
+        gb.export.torch_export(model, (X,), tmp_path)
+
+
+def test_a_batch_that_a_model_fixes_has_no_exported_program():
+    model = Fixed()
+    gb.quantize_(model, "qat_int8")
+    x = torch.randn(6, 4)
+    model(x)
+    with pytest.raises(GraphError, match=r"torch\.export cannot follow"):
+        gb.export.torch_export(model, (x,))
+
+
+class Fixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.b(self.a(x).view(6, 4))
+        return y
+
+
+class ByHand(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.pool, self.head = nn.Conv1d(2, 4, 3), nn.MaxPool1d(2), nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+        """Return logits; ``scale`` is not used."""
+        y = F.max_pool1d(self.pool(F.pad(F.relu(self.a(x)), (1, 1))), 2, stride=1)
+        return self.head(y.view(y.size(0), -1))
+
+
+@pytest.mark.parametrize("form", ["integer", "qdq"])
+def test_views_and_maxima_as_written_by_hand(form):
+    model, x = ByHand(), torch.randn(6, 2, 9)
+    gb.quantize_(model, "qat_int8")
+    model(x)
+    want = outputs(model.eval(), x)[0]
+    got = Runtime(onnx_model(gb.convert_(model), (x,), form).SerializeToString())(x)[0]
+    assert np.allclose(got, want, rtol=0, atol=0 if form == "integer" else 1e-2)
+
+
+def test_maxima_that_round_sizes_up_are_refused(tmp_path):
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), Rounding(), nn.Flatten(), nn.Linear(48, 2))
+    gb.quantize_(model, "qat_int8")
+    model(X[..., :8])
+    with pytest.raises(GraphError, match="max_pool2d returns indices or rounds sizes up"):
+        gb.export.onnx(model, (X[..., :8],), tmp_path / "net.onnx")
+
+
+class Rounding(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return maxima of windows, the last of them smaller."""
+        return F.max_pool2d(x, 2, ceil_mode=True)

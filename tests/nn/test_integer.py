@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_leaves
 import gradbits as gb
 from gradbits.core.errors import ArgumentError, GraphError
 from gradbits.kernels.fixed_point import Multiplier
+from gradbits.nn import qat
 from gradbits.nn.integer import Codes, Dequantize, IntegerLayer, Quantize, Shape
-from gradbits.nn.integer_model import IntegerModel
+from gradbits.nn.integer_model import Apply, IntegerModel, Ref
 from gradbits.nn.qat import graph_forward
 
 integers: Any = import_module("tests.nn.integers")
@@ -314,3 +315,181 @@ def test_averages_over_windows_and_values_added_in_place():
 
 def test_fresh_models_are_float():
     assert all(p.is_floating_point() for p in fresh("mlp").parameters())
+
+
+class Pooled(nn.Module):
+    """Shapes and maxima as they are written by hand."""
+
+    def __init__(self, pool: Any, features: int, dims: int = 2) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](2, 4, 3)
+        self.pool, self.head = pool, nn.Linear(features, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits."""
+        y = self.pool(F.relu(self.a(x)))
+        return self.head(y.view(y.size(0), -1))
+
+
+@pytest.mark.parametrize(
+    ("pool", "features", "dims"),
+    [
+        (nn.Identity(), 196, 2),
+        (lambda x: F.max_pool2d(x, 2), 36, 2),
+        (lambda x: F.max_pool2d(x, kernel_size=3, stride=(2, 1), padding=1), 112, 2),
+        (nn.MaxPool1d(2), 12, 1),
+        (nn.MaxPool1d(3, stride=2, padding=1, dilation=2), 12, 1),
+        (lambda x: F.max_pool1d(x, 2), 12, 1),
+        (lambda x: torch.max_pool1d(x, 2, 1), 24, 1),
+        (lambda x: F.max_pool3d(x, 2), 108, 3),
+        (nn.MaxPool3d((2, 3, 2), stride=(1, 2, 3), padding=1), 384, 3),
+    ],
+)
+def test_views_and_maxima(pool, features, dims):
+    model = Pooled(pool, features, dims)
+    plain, x = copy.deepcopy(model), torch.randn(6, 2, *(9,) * dims)
+    gb.quantize_(model, "qat_int8")
+    model(x)
+    want = outputs(model.eval(), x)
+    exact = plain(x).detach()
+    assert float((want[0] - exact).norm() / exact.norm()) < 0.05
+    assert equal(outputs(gb.convert_(model), x), want)
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool1d(3, 2, 1), nn.MaxPool2d(3, 2, 1, 2), nn.MaxPool3d((2, 3, 2), 2, 1)])
+def test_maxima_of_codes_of_any_size_and_memory_order(pool):
+    spatial = [nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d].index(type(pool)) + 1
+    last = torch.randint(-128, 128, (2, *((200,), (13, 17), (5, 9, 11))[spatial - 1], 3), dtype=torch.int8)
+    for x in (last.movedim(-1, 1), last.movedim(-1, 1).contiguous(), last.movedim(-1, 1)[0], last[:0].movedim(-1, 1)):
+        got = Apply(pool, (Ref(0),), {})(x)
+        assert got.dtype == torch.int8
+        assert torch.equal(got.float(), pool(x.float()))
+
+
+def test_maxima_that_round_sizes_up_are_refused_in_both_forms():
+    for pool in (nn.MaxPool2d(2, ceil_mode=True), lambda x: F.max_pool2d(x, 2, ceil_mode=True)):
+        model = Pooled(pool, 64)
+        gb.quantize_(model, "qat_int8")
+        model(batch()[0])
+        with pytest.raises(GraphError, match="rounds sizes up"):
+            gb.convert_(model)
+
+
+def test_a_state_brings_its_zero_points_limits_and_factors():
+    """A model whose ranges lay elsewhere gives the results of the one whose state it loads."""
+    found = []
+    for factor in (1.0, 3.0):
+        model = fresh("everything")
+        gb.quantize_(model, "qat_int8")
+        model(batch()[0] * factor + factor)
+        found.append(gb.convert_(model))
+    a, b = found
+    x = batch(3)[0]
+    assert not equal(outputs(a, x), outputs(b, x))
+    file = io.BytesIO()
+    torch.save(a.state_dict(), file)
+    file.seek(0)
+    b.load_state_dict(torch.load(file, weights_only=True))
+    assert equal(outputs(a, x), outputs(b, x))
+    other = a.state_dict()
+    key = next(key for key in other if key.endswith("_extra_state"))
+    other[key] = torch.zeros(9)
+    with pytest.raises(ArgumentError, match="converted in the same way"):
+        b.load_state_dict(other)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda m: m[3].weight.data.view(-1)[:1].fill_(float("nan")), "layer '3': weight is not finite"),
+        (lambda m: m[3].bias.data.fill_(float("inf")), "layer '3': bias is not finite"),
+        (lambda m: m[1].running_var.fill_(float("nan")), "layer '0': running_var of its batch norm '1' is not finite"),
+        (lambda m: m[1].running_var.fill_(-1.0), "layer '0': its weight with the running statistics .* folded"),
+        (lambda m: m[3].bias.data.fill_(1e30), "layer '3': its scale over that of its result"),
+    ],
+)
+def test_a_network_that_has_diverged_is_evaluated_in_floats(change, named):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(100, 3)
+    )
+    gb.quantize_(model, "qat_int8")
+    x = batch()[0]
+    model(x)
+    change(model)
+    y = outputs(model.eval(), x)[0]
+    forward = graph_forward(model)
+    assert forward is not None
+    with torch.no_grad():
+        floats = forward._follow({str(next(iter(forward.plan.steps)).target): x})
+    assert torch.equal(torch.nan_to_num(y), torch.nan_to_num(floats))
+    assert bool(torch.isfinite(y).all()) == ("scale" in named)
+    with pytest.raises(GraphError, match=named):
+        gb.convert_(model)
+    assert graph_forward(model) is forward
+
+
+class Options(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(2, 3)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, scale: Any = None) -> torch.Tensor:
+        """Return a sum; ``scale`` is not used."""
+        return self.a(x) + self.b(y)
+
+
+def test_defaults_and_keywords_are_those_of_the_model():
+    model, x, y = Options(), torch.randn(5, 4), torch.randn(5, 2)
+    gb.quantize_(model, "qat_int8")
+    model(x, y)
+    with torch.no_grad():
+        want = model.eval()(x, y)
+        assert torch.equal(model(y=y, x=x), want)
+    converted = gb.convert_(model)
+    for got in (converted(x, y), converted(x, y=y), converted(scale=1.0, y=y, x=x), converted(x, y, None)):
+        assert torch.equal(got, want)
+    for args, kwargs in (((x,), {}), ((x, y), {"x": x}), ((x, y), {"z": 1}), ((x, y, 1, 2), {})):
+        with pytest.raises(ArgumentError, match="the model takes x, y, scale"):
+            converted(*args, **kwargs)
+
+
+def test_evaluation_is_exact_with_gradients_under_autocast_and_in_containers():
+    model, x = trained("everything"), batch(4)[0]
+    want = outputs(model, x)
+    assert equal([t.detach() for t in model(x)], want)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(x)
+        assert equal(outputs(model, x), want)
+    assert equal([t.detach() for t in y], want)
+    sum(t.sum() for t in y).backward()
+    assert bool(torch.isfinite(model.head.weight.grad).all())
+
+
+def test_the_integers_of_evaluation_are_built_once_until_something_changes(monkeypatch):
+    calls = []
+    monkeypatch.setattr(qat, "build", lambda forward, make=qat.build: calls.append(0) or make(forward))
+    if qat.fingerprint(nn.Linear(1, 1)) is None:
+        pytest.skip("needs the native digest")
+    model, x = trained("small_cnn"), batch(4)[0]
+    first_result = outputs(model, x)
+    assert equal(outputs(model, x), first_result)
+    assert len(calls) == 1
+    norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    weight = next(m for m in model.modules() if isinstance(m, nn.Linear)).weight
+    forward = graph_forward(model)
+    assert forward is not None
+    changes = [
+        lambda: weight.data.mul_(0.5),
+        lambda: weight.detach().numpy().fill(0.25),
+        lambda: norm.running_mean.add_(1.0),
+        lambda: model.load_state_dict(fresh("small_cnn").state_dict()),
+        lambda: [t.mul_(2.0) for name, t in forward.states.entries().items() if name != "steps"],
+    ]
+    for count, change in enumerate(changes, start=2):
+        change()
+        got = outputs(model, x)
+        assert len(calls) == count
+        assert equal(got, outputs(gb.convert_(copy.deepcopy(model)), x))
