@@ -77,6 +77,7 @@ def wire(
         typer.echo(sentence)
     if json is not None:
         made = record(rows, question, found, shlex.join(["gradbits", *sys.argv[1:]]))
+        json.parent.mkdir(parents=True, exist_ok=True)
         json.write_text(json_text.dumps(made, indent=1) + "\n")
 
 

@@ -120,7 +120,7 @@ def check_output(path: Path | None, name: str) -> Path | None:
     """Return ``path`` if a file can be written there, or None: asked before the work whose result goes there.
 
     Raises:
-        ArgumentError: a folder, or a place in one that does not exist or may not be written to.
+        ArgumentError: a folder, or a place below a file or in a folder that may not be written to.
 
     >>> check_output(None, "json")
     """
@@ -128,7 +128,7 @@ def check_output(path: Path | None, name: str) -> Path | None:
         return None
     if path.is_dir():
         raise ArgumentError(f"{name}={str(path)!r}: is a folder; must be a file")
-    place = path if path.exists() else path.parent
-    if not place.exists() or not os.access(place, os.W_OK):
-        raise ArgumentError(f"{name}={str(path)!r}: cannot be written; its folder must exist and be writable")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())  # folders below it are made
+    if not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise ArgumentError(f"{name}={str(path)!r}: cannot be written; {str(folder)!r} is no folder one may write to")
     return path

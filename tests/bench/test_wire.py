@@ -121,7 +121,7 @@ def test_command(tmp_path):
         (["--bucket", "0", "--codecs", "qsgd"], "bucket=0"),
         (["--bits", "9"], "bits=9"),
         (["--codecs", "terngrad", "--bits", "3"], "bits=3"),
-        (["--json", "/no/such/folder/x.json"], "json='/no/such/folder/x.json'"),
+        (["--json", f"{__file__}/x.json"], "json='.*test_wire.py/x.json'.*no folder"),
         (["--json", "/"], "json='/'.*folder"),
     ],
 )
