@@ -4,7 +4,7 @@ A thin wrapper around ``gradbits train --eval-bits``: ``small_cnn``, 5 epochs, 3
 coefficient over the second half of the steps, each quantized after training to 8, 6, 5 and 4 bits of weights and
 activations. Writes ``benchmarks/logs/gradient_l1.txt`` and ``.json``; with ``--out`` an interrupted run goes on:
 
-    python benchmarks/gradient_l1.py [--limit N] [--epochs N] [--seeds 0,1,2] [--sweep 0.0003,0.001,0.003] [--start 0.5]
+    python benchmarks/gradient_l1.py [--limit N] [--epochs N] [--seeds 0,1,2] [--sweep 0.001,0.003] [--start 0.5]
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--bits", default="8,6,5,4")
-    parser.add_argument("--sweep", default="0.0003,0.001,0.003")
+    parser.add_argument("--sweep", default="0.001,0.003")
     parser.add_argument("--start", type=float, default=0.5, help="part of the steps before the term begins")
     parser.add_argument("--out", type=Path, help="keep the runs' folders here, and go on with them if they are there")
     options = parser.parse_args()
