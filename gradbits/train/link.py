@@ -15,6 +15,7 @@ from gradbits.train.options import OWN_WIRE, TrainOptions
 from gradbits.train.ranks import Ranks
 from gradbits.wire import compress_
 from gradbits.wire.baselines import BASELINES, count_
+from gradbits.wire.feedback import ErrorFeedback
 
 
 class Counts(Protocol):
@@ -61,7 +62,10 @@ class Link:
             start = {"start": options.wire_start} if options.wire_start is not None else {}
             self._comm = count_(ddp, options.wire or "none", **start)
         else:
-            self._comm = compress_(ddp, options.wire_codec(), feedback=False, start=options.wire_start or 0)
+            # the codec has its error feedback, or is not meant to have any
+            chosen = options.wire_codec()
+            feedback = isinstance(chosen, ErrorFeedback)
+            self._comm = compress_(ddp, chosen, feedback=feedback, start=options.wire_start or 0)
         self.counts = self._comm
 
     def before_forward(self) -> None:

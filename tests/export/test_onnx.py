@@ -84,8 +84,9 @@ def test_qdq_differs_by_few_codes_and_little(name, options):
     """
     model = gb.convert_(trained(name, **options))
     for label, (want, got) in codes_of(model, "qdq").items():
-        assert np.abs(want - got).max() <= 1, label
+        assert np.abs(want - got).max() <= 2, label  # two flips before a layer may add up
         assert np.mean(want != got) <= 2e-3, label
+        assert np.mean(np.abs(want - got) > 1) <= 1e-4, label
 
 
 def test_the_file_is_standard_and_checked(tmp_path):
