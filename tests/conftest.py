@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
 from hypothesis import settings
 
 # new examples are looked for with --hypothesis-profile=explore
 settings.register_profile("explore", deadline=None)
 settings.register_profile("same", deadline=None, derandomize=True)
 settings.load_profile("same")
+
+
+@pytest.fixture
+def one_thread():
+    """One thread: on layers this small, threads that wait for one another cost more than they save."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -37,6 +37,17 @@ def sign_payload(name: str, x: torch.Tensor, positive: torch.Tensor, values: tor
 
 
 def decode_signs(payload: Payload, name: str, out: torch.Tensor | None = None, add: bool = False) -> torch.Tensor:
+    """Return the flat float32 values of a payload of signs, or put them into ``out``.
+
+    Args:
+        payload: what ``sign_payload`` made.
+        name: of the codec.
+        out: flat contiguous float32 of as many elements.
+        add: whether ``out`` keeps what it holds.
+
+    Raises:
+        CorruptDataError: the parts do not fit together.
+    """
     count = check_payload(payload, name, least_bits=1, most_bits=1)
     codes = payload.part("codes", torch.uint8, symbol_bytes(1, count))
     values = payload.part("values", torch.float32, 2)

@@ -83,10 +83,17 @@ def test_qdq_differs_by_few_codes_and_little(name, options):
     spread evenly; flips are carried on to the layers behind. The bounds leave room for that and no more.
     """
     model = gb.convert_(trained(name, **options))
-    for label, (want, got) in codes_of(model, "qdq").items():
-        assert np.abs(want - got).max() <= 2, label  # two flips before a layer may add up
+    found = codes_of(model, "qdq")
+    for label, (want, got) in found.items():
         assert np.mean(want != got) <= 2e-3, label
-        assert np.mean(np.abs(want - got) > 1) <= 1e-4, label
+    # from the codes that onnxruntime gave a layer, which carry the flips before it, no code is off by more than one
+    theirs: dict[str, Any] = dict(zip(model.arguments, (X,), strict=True))
+    for label, sources in model.wiring:
+        theirs[label] = model.operations[f"{label}_"](*(theirs[source] for source in sources))
+        if label in found:
+            got = torch.from_numpy(found[label][1])
+            assert int((theirs[label].int() - got).abs().max()) <= 1, label
+            theirs[label] = got.to(theirs[label].dtype)
 
 
 def test_the_file_is_standard_and_checked(tmp_path):

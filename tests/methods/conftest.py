@@ -1,4 +1,4 @@
-"""What the generic checks share."""
+"""One thread in all of these tests; one of them shows that threads change nothing. Makes ``table.py`` importable."""
 
 from __future__ import annotations
 
@@ -6,15 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # for table.py
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Threads cost more than they bring on layers this small; one test below shows that they change nothing."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(one_thread):
+    """See ``one_thread``."""

@@ -1,14 +1,10 @@
-"""One thread in these tests: the networks are tiny, and threads that wait for one another cost more than they save."""
+"""One thread in all of these tests."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread):
+    """See ``one_thread``."""
