@@ -80,19 +80,19 @@ def test_qdq_differs_by_few_codes_and_little(name, options):
     """onnxruntime rounds sums times a float32 number, halves to even: near ties it may take the other code.
 
     A float32 product is off by 2^-24 of a value of up to 256, so about one code in 2^15 may flip where sums are
-    spread evenly; flips are carried on to the layers behind. The bounds leave room for that and no more.
+    spread evenly: at most three of a layer's few thousand, each by one. How far a flip spreads in the layers behind is
+    the network's doing, so each layer is judged from the codes that onnxruntime itself gave it.
     """
     model = gb.convert_(trained(name, **options))
     found = codes_of(model, "qdq")
-    for label, (want, got) in found.items():
-        assert np.mean(want != got) <= 2e-3, label
-    # from the codes that onnxruntime gave a layer, which carry the flips before it, no code is off by more than one
     theirs: dict[str, Any] = dict(zip(model.arguments, (X,), strict=True))
     for label, sources in model.wiring:
         theirs[label] = model.operations[f"{label}_"](*(theirs[source] for source in sources))
         if label in found:
             got = torch.from_numpy(found[label][1])
-            assert int((theirs[label].int() - got).abs().max()) <= 1, label
+            off = (theirs[label].int() - got).abs()
+            assert int(off.max()) <= 1, label
+            assert int(off.sum()) <= 3, label
             theirs[label] = got.to(theirs[label].dtype)
 
 
