@@ -87,14 +87,15 @@ def test_one_graph(name, recipe):
 
 
 @pytest.mark.parametrize("cast", [False, True])
-def test_inductor_with_channels_last(cast):
+def test_inductor_with_channels_last(cast, inductor):
     torch.manual_seed(0)
     net = cnn().to(memory_format=torch.channels_last)
     gb.quantize_(net, gb.recipe("int8_dynamic").with_overrides({"keep_float": ()}))
     x = torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last)
     if not cast:
-        return check(net, x, "inductor")
-    compiled = torch.compile(net, fullgraph=True)  # inductor keeps float32 where eager rounds to bfloat16
+        return check(net, x, inductor)
+    # inductor keeps float32 where eager rounds to bfloat16
+    compiled = torch.compile(net, fullgraph=True, backend=inductor)
     for seed in range(2):
         assert all(bool(t.isfinite().all()) for t in step(compiled, net, x, seed, cast=True))
 

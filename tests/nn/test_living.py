@@ -245,8 +245,10 @@ def test_optimizers_built_before_keep_working():
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # raised inside of torch
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compile(backend):
+def test_compile(backend, request):
     """Graph breaks are allowed, failures are not; the numbers are those of eager execution."""
+    if backend == "inductor":
+        request.getfixturevalue("inductor")
     net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
     gb.quantize_(net, gb.recipe("unified_int8", keep_float=(), activation_range="ema"))
     twin = copy.deepcopy(net)
