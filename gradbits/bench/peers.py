@@ -38,7 +38,7 @@ class Variant:
         compiled: whether ``torch.compile`` has it.
         torchao: whether torchao's int8 mixed-precision training computes its linear layers.
         keep_float: in place of the recipe's own, where given.
-        fuse: whether ``fuse_`` has its batch norms.
+        fuse: whether ``fuse_`` has its batch norms and GELUs.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Variant:
             chosen = recipe(self.recipe)
             kept = chosen.keep_float if self.keep_float is None else self.keep_float
             quantize_(model, chosen.with_overrides({"keep_float": kept}))
-        if self.fuse and any(isinstance(module, NORMS) for module in model.modules()):
+        if self.fuse and any(isinstance(module, (*NORMS, nn.GELU)) for module in model.modules()):
             fuse_(model)
         if not self.compiled:
             return model

@@ -2,10 +2,11 @@
 
 from gradbits.nn.activations import pack_activations
 from gradbits.nn.convert import dequantize_, quantize_
+from gradbits.nn.fuse import fuse_, unfuse_
 from gradbits.nn.integer_convert import convert_
 from gradbits.nn.integer_model import IntegerModel
 from gradbits.nn.matmul import Matmul
-from gradbits.nn.norm import fuse_, norm_relu, unfuse_
+from gradbits.nn.norm import norm_relu
 from gradbits.nn.reinforce import ReinforceNeuron
 from gradbits.nn.report import Report, report
 from gradbits.nn.stochastic import BinaryNeuron, NoisyRectifier, StochasticTimesSmooth

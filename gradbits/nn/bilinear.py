@@ -222,8 +222,8 @@ class Bilinear:
 
 def _times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return ``a * b`` without Inf: a sum of zero must stay zero where the scales are huge. NaN stays."""
-    largest = torch.finfo(a.dtype).max
-    return (a * b).clamp(-largest, largest)
+    largest = LARGEST if a.dtype == torch.float32 else torch.finfo(a.dtype).max
+    return (a * b).clamp_(-largest, largest)
 
 
 def ones_along(codes: torch.Tensor, axis: int) -> torch.Tensor:

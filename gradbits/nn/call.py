@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -177,3 +178,8 @@ def quantizer_of(recipe: Recipe, product: str, role: str) -> Quantizer:
     """Return the quantizer of an operand."""
     found: Quantizer = getattr(getattr(recipe, product), role)
     return found
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Return a context in which nothing is cast; where autocast is off already, one that costs nothing."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

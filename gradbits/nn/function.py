@@ -12,7 +12,7 @@ import torch
 from gradbits.core.errors import DoubleBackwardError, UnsupportedError
 from gradbits.core.packing import packed_width
 from gradbits.core.qtensor import QTensor
-from gradbits.nn.call import ON_NONFINITE, Call, quantizer_of
+from gradbits.nn.call import ON_NONFINITE, Call, quantizer_of, without_autocast
 from gradbits.nn.passage import Passage
 from gradbits.nn.sampling import sampled_product
 from gradbits.nn.saved import Kept, Saver, keep_as
@@ -114,7 +114,7 @@ class QuantizedProduct(torch.autograd.Function):
         found: dict[str, torch.Tensor] = {}
         learned: dict[tuple[str, str], torch.Tensor] = {}
         codes: QTensor | None = None
-        with torch.autocast(g.device.type, enabled=False):
+        with without_autocast(g.device.type):
             for role, (operand, passage) in ctx.kept.items():
                 shape, dtype = ctx.like[role]
                 found[role], codes, steps = _backward_product(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,14 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from gradbits.core.checks import check_module
-from gradbits.core.errors import NothingToQuantizeError
 from gradbits.kernels.native import norm as native
 from gradbits.quantizers.known import note_width
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 LEAST = 1 << 19  # elements from which on one pass was measured to be faster, see benchmarks/fused_norm.py
-_FLAG = "_gradbits_fused"  # on a batch norm: "wanted" by fuse_, "used" once it was computed so
+FLAG = "_gradbits_fused"  # on a module: "wanted" by fuse_, "used" once it was computed in one pass
 
 
 class NormReLU(torch.autograd.Function):
@@ -76,8 +73,8 @@ def norm_relu(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = 
     >>> norm_relu(nn.BatchNorm2d(2), torch.zeros(4, 2, 3, 3)).shape
     torch.Size([4, 2, 3, 3])
     """
-    if norm.__dict__.get(_FLAG) is not None and why_not_fused(norm, x, residual) is None:
-        norm.__dict__[_FLAG] = "used"
+    if norm.__dict__.get(FLAG) is not None and why_not_fused(norm, x, residual) is None:
+        norm.__dict__[FLAG] = "used"
         return _fused(norm, x, residual)
     y = _plain(norm, x)
     return F.relu(y if residual is None else y + residual)
@@ -149,58 +146,3 @@ class FusedReLU(nn.ReLU):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return ``input``."""
         return input
-
-
-def fuse_(model: nn.Module) -> tuple[str, ...]:
-    """Compute batch norms together with the ReLU behind them; parameters and modules keep their names.
-
-    Found are a ``BatchNorm2d`` that a ``ReLU`` follows in a ``Sequential``, and every batch norm that the model passes
-    to ``gradbits.nn.norm_relu``.
-
-    Args:
-        model: changed in place; ``unfuse_`` undoes it.
-
-    Returns:
-        The names of the batch norms that may be fused; ``report`` lists those that are.
-
-    Raises:
-        NothingToQuantizeError: the model has no batch norm.
-
-    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
-    >>> fuse_(net)
-    ('1',)
-    """
-    check_module(model)
-    for parent in model.modules():
-        if type(parent) is nn.Sequential:
-            children = list(parent)
-            for norm, relu in pairwise(children):
-                if type(norm) is nn.BatchNorm2d and type(relu) is nn.ReLU:
-                    norm.__class__, relu.__class__ = FusedBatchNorm2d, FusedReLU
-    names = []
-    for name, module in model.named_modules():
-        if isinstance(module, NORMS):
-            module.__dict__.setdefault(_FLAG, "wanted")
-            names.append(name)
-    if not names:
-        raise NothingToQuantizeError("model: has no batch norm, so there is nothing to fuse")
-    return tuple(names)
-
-
-def unfuse_(model: nn.Module) -> None:
-    """Undo ``fuse_``.
-
-    >>> net = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())
-    >>> _ = fuse_(net); unfuse_(net); type(net[0]).__name__
-    'BatchNorm2d'
-    """
-    check_module(model)
-    back = {FusedBatchNorm2d: nn.BatchNorm2d, FusedReLU: nn.ReLU}
-    for module in model.modules():
-        module.__class__ = back.get(type(module), type(module))
-        module.__dict__.pop(_FLAG, None)
-
-
-def fused_norms(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the batch norms that are computed with the ReLU behind them, as far as a call has shown."""
-    return tuple(name for name, module in model.named_modules() if module.__dict__.get(_FLAG) == "used")

@@ -14,8 +14,9 @@ from gradbits.core.grain import PerChannel
 from gradbits.core.noise import draw_seed
 from gradbits.nn.assignment import Assignment, QuantizerStates
 from gradbits.nn.bilinear import Bilinear
+from gradbits.nn.call import Call, without_autocast
 from gradbits.nn.compiled import register
-from gradbits.nn.function import Call, QuantizedProduct
+from gradbits.nn.function import QuantizedProduct
 from gradbits.nn.refuse import refuse_script, refuse_transforms
 from gradbits.quantizers.quantizer import Quantizer
 from gradbits.quantizers.ranges import State
@@ -97,7 +98,7 @@ class Quantized:
             dtype=dtype,
             learned=tuple(learned),
         )
-        with torch.autocast(device, enabled=False):
+        with without_autocast(device):
             call = call.started({"input": x, "weight": weight}, bias)
             if bias is not None and a.recipe.output is not None and a.recipe.output.weight.range.scales_bias:
                 bias = a.recipe.output.weight.range.scaled_bias(bias, call.state_of("output", "weight"))

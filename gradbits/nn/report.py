@@ -13,9 +13,9 @@ from gradbits.core.checks import check_module
 from gradbits.kernels.dispatch import Request, choose
 from gradbits.nn.assignment import QuantizerStates
 from gradbits.nn.bilinear import OPERANDS
+from gradbits.nn.fuse import fused
 from gradbits.nn.layers import QUANTIZED_CLASSES
 from gradbits.nn.matmul import Matmul
-from gradbits.nn.norm import fused_norms
 from gradbits.nn.packing import packing_of
 from gradbits.nn.quantized import Quantized
 from gradbits.nn.speed import layer_speeds
@@ -55,7 +55,7 @@ class Report:
     Args:
         rows: the layers.
         pack_activations: bits in which forward passes keep activations; None as they are.
-        fused: batch norms that are computed with the ReLU behind them, as far as a call has shown.
+        fused: batch norms, with the ReLU behind them, and GELUs that one pass computes, as far as a call has shown.
     """
 
     rows: tuple[Row, ...]
@@ -97,7 +97,7 @@ class Report:
             names = ", ".join(r.name or "(root)" for r in self.slower)
             lines.append(f"slower than in float on this machine, so better left out by a rule: {names}")
         if self.fused:
-            lines.append(f"computed with the ReLU behind them: {', '.join(self.fused)}")
+            lines.append(f"computed in one pass: {', '.join(self.fused)}")
         if self.pack_activations is not None:
             lines.append(f"activations are kept for the backward pass in {self.pack_activations} bits")
         return "\n".join(lines)
@@ -185,7 +185,7 @@ def report(model: nn.Module, inputs: Sequence[Any] | None = None) -> Report:
             given = getattr(module, "_gradbits_reason", None)
             reason = str(given or why_not_supported(module) or "quantize_ was not asked to")
             rows.append(Row(name, type(module).__name__, "float", "float", "float", "float", "torch", reason))
-    return Report(tuple(rows), packing_of(model), fused_norms(model))
+    return Report(tuple(rows), packing_of(model), fused(model))
 
 
 def why_not_supported(module: nn.Module) -> str | None:

@@ -14,14 +14,19 @@ def note_width(x: torch.Tensor, width: torch.Tensor) -> None:
 
 
 def known_width(x: torch.Tensor) -> torch.Tensor | None:
-    """Return the largest magnitude of ``x`` where it has been noted.
+    """Return the largest magnitude of ``x`` where it has been noted, on it or on what it is a reshaped view of.
 
     >>> x = torch.tensor([1.0, -3.0]); note_width(x, torch.tensor(3.0)); known_width(x).item()
+    3.0
+    >>> known_width(x.view(2, 1)).item()
     3.0
     >>> known_width(x.mul_(2.0)) is None, known_width(x[:1]) is None
     (True, True)
     """
     found = getattr(x, "gradbits_width", None)
+    base = x._base
+    if found is None and base is not None and base.numel() == x.numel() and base.is_contiguous() and x.is_contiguous():
+        found = getattr(base, "gradbits_width", None)  # a reshaped view of all its elements
     if found is None or found[:2] != (x._version, x.data_ptr()):
         return None
     width: torch.Tensor = found[2]

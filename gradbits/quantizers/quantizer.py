@@ -164,10 +164,10 @@ class Quantizer(Spec):
         width: torch.Tensor | None,
     ) -> tuple[QTensor, torch.Tensor, torch.Tensor]:
         """Quantize by the largest magnitude: the most frequent case, as one operation."""
-        found = torch.empty(3, device=x.device)
+        found = torch.empty(3, *(1,) * x.dim(), device=x.device)
         compute = "auto" if compute == "simulate" else compute
         codes = run("quantize_symmetric", Request(x.device.type), compute, x, self.grid.levels[1], noise, found, width)
-        scale, low, high = found.view(3, *(1,) * x.dim()).unbind(0)
+        scale, low, high = found.unbind(0)
         q = QTensor(codes=codes, scale=scale, bits=self.bits, shape=x.shape, grain=self.grain, dtype=dtype)
         return q, low, high
 

@@ -65,5 +65,7 @@ GB_API int gradbits_sums(int level, const SumsArgs* args) { return table(level)-
 
 GB_API int gradbits_norm(int level, const NormArgs* args) { return table(level)->norm(args); }
 
+GB_API int gradbits_gelu(int level, const GeluArgs* args) { return table(level)->gelu(args); }
+
 GB_API int gradbits_digest(int level, const DigestArgs* args) { return table(level)->digest(args); }
 }

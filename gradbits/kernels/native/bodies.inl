@@ -18,6 +18,7 @@ namespace {
 #include "sums.inl"
 #include "norm_lanes.inl"
 #include "norm.inl"
+#include "gelu.inl"
 #include "digest.inl"
 }  // namespace
 }  // namespace GB_ISA

@@ -119,6 +119,18 @@ struct NormArgs {
     int32_t of_batch, dtype, backward, threads;
 };
 
+enum { GB_GELU_TOP = 7, GB_GELU_BOTTOM = 6 };  // coefficients of its curve, numerator and denominator
+
+// GELU of `total` values, or the gradient of x where g is given.
+struct GeluArgs {
+    const void *x, *g;
+    void* y;
+    float* widest;  // largest magnitude of y
+    int64_t total;
+    float curve[GB_GELU_TOP + GB_GELU_BOTTOM], end;
+    int32_t dtype, threads;
+};
+
 struct Kernels {
     const char* name;
     int (*quantize)(const QuantizeArgs*);
@@ -133,6 +145,7 @@ struct Kernels {
     int (*unpack)(const PackArgs*);
     int (*sums)(const SumsArgs*);
     int (*norm)(const NormArgs*);
+    int (*gelu)(const GeluArgs*);
     int (*digest)(const DigestArgs*);
 };
 

@@ -84,10 +84,6 @@ static int norm(const NormArgs* p) {
         p->dtype == GB_FLOAT32 ? norm_backward<float>(&job) : norm_backward<Bf16>(&job);
     else
         p->dtype == GB_FLOAT32 ? norm_forward<float>(&job) : norm_forward<Bf16>(&job);
-    if (p->dtype == GB_BFLOAT16) {  // what was written is rounded, which keeps the order
-        Bf16 rounded;
-        narrow(*p->widest, &rounded);
-        *p->widest = widen(rounded);
-    }
+    if (p->dtype == GB_BFLOAT16) round_widest(p->widest);
     return GB_OK;
 }

@@ -31,14 +31,21 @@ GB_INLINE void widen_to(uint32_t* bits, float v) {
     *bits = found > *bits ? found : *bits;
 }
 
-static void settle_widest(NormJob* job, const Widest* w) {
+static void settle_widest(float* widest, int* lock, const Widest* w) {
     uint32_t all = 0;
     for (int j = 0; j < 64; j++) all = w->bits[j] > all ? w->bits[j] : all;
-    hold(&job->lock);
+    hold(lock);
     uint32_t known;
-    __builtin_memcpy(&known, job->p->widest, 4);
-    if (all > known) __builtin_memcpy(job->p->widest, &all, 4);
-    release(&job->lock);
+    __builtin_memcpy(&known, widest, 4);
+    if (all > known) __builtin_memcpy(widest, &all, 4);
+    release(lock);
+}
+
+// What was written in bfloat16 is rounded, which keeps the order.
+GB_INLINE void round_widest(float* widest) {
+    Bf16 rounded;
+    narrow(*widest, &rounded);
+    *widest = widen(rounded);
 }
 
 GB_INLINE int64_t rows_of(const NormArgs* p) { return (p->total + p->lanes - 1) / p->lanes; }
@@ -161,7 +168,7 @@ static void norm_forward_body(void* data) {
         }
     }
     flush();
-    settle_widest(job, &w);
+    settle_widest(p->widest, &job->lock, &w);
 }
 
 // Gradients: of x, (g - offset - (x - shift) slope) scale, and of the shortcut, g where the mask lets it.
@@ -209,5 +216,5 @@ static void norm_backward_body(void* data) {
         }
     }
     flush();
-    settle_widest(job, &w);
+    settle_widest(p->widest, &job->lock, &w);
 }

@@ -110,11 +110,17 @@ class Result:
         self.epilogue = epilogue
 
     def fill(self, args: ProductArgs, out: torch.Tensor, lib: Library) -> None:
-        """Set the result ``out`` (a tensor of this shape, in any order of axes), epilogue and threads of ``args``."""
+        """Set the result ``out``, epilogue and threads of ``args``.
+
+        Args:
+            args: set here.
+            out: a tensor of this shape, in any order of axes; one matrix may lack the axis of its batch.
+            lib: the library.
+        """
         if out.numel() == 0:
             return
         e = args.epilogue
-        own = self._strides(out)
+        own = self._strides((0,) * (len(self.shape) - out.dim()) + out.stride())
         assert own is not None
         args.result = out.data_ptr()
         args.r_group, args.r_sample, args.r_position, args.r_channel = own
@@ -126,26 +132,34 @@ class Result:
         args.threads = lib.threads
 
     def _set(self, operand: Operand, value: torch.Tensor) -> None:
-        value = value.to(torch.float32)
+        if value.dtype != torch.float32:
+            value = value.to(torch.float32)
         strides: tuple[int, int, int, int] | None = (0, 0, 0, 0)
         if value.numel() != 1:
-            value = value.expand(self.shape)
-            strides = self._strides(value)
+            strides = self._strides(self._broadcast(value))
             if strides is None:  # positions that no single stride reaches
-                value = value.contiguous()
-                strides = self._strides(value)
+                value = value.expand(self.shape).contiguous()
+                strides = self._strides(value.stride())
         assert strides is not None
         self.keep.append(value)
         operand.values = value.data_ptr()
         operand.group, operand.sample, operand.position, operand.channel = strides
 
-    def _strides(self, t: torch.Tensor) -> tuple[int, int, int, int] | None:
-        """Return the strides along group, sample, position and channel, or None where positions have no one stride."""
-        s = t.stride()
+    def _broadcast(self, value: torch.Tensor) -> tuple[int, ...]:
+        """Return the strides of ``value.expand(self.shape)``."""
+        strides = [stride if n != 1 else 0 for n, stride in zip(value.shape, value.stride(), strict=True)]
+        return (*(0,) * (len(self.shape) - len(strides)), *strides)
+
+    def _strides(self, s: tuple[int, ...]) -> tuple[int, int, int, int] | None:
+        """Return the strides along group, sample, position and channel, or None where positions have no one stride.
+
+        Args:
+            s: the strides along the axes of the result.
+        """
         if self.matrix:
             return (s[0], 0, s[1], s[2]) if self.matrix == "position" else (s[0], s[1], 0, s[2])
         position, reach = 0, 0
-        for n, stride in zip(reversed(t.shape[2:]), reversed(s[2:]), strict=True):
+        for n, stride in zip(reversed(self.shape[2:]), reversed(s[2:]), strict=True):
             if n == 1:
                 continue
             if reach == 0:

@@ -36,18 +36,18 @@ def matmul(a: torch.Tensor, b: torch.Tensor, epilogue: Epilogue) -> torch.Tensor
 def _finished(a: torch.Tensor, b: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
     """Return the product with sums by ``torch._int_mm``, which become floats where they are."""
     m, n, lib = a.shape[0], b.shape[1], library.loaded()
-    room = torch.empty(m * n + 16, dtype=torch.int32)  # the kernel reads by 16
-    sums = room[: m * n].view(m, n)
+    rows = m + 16 // n + 1  # the kernel reads by 16
+    sums = torch.empty(rows, n, dtype=torch.int32)[:m]
     torch._int_mm(reference.regular(a), reference.regular(b), out=sums)
     stored = _stored(epilogue)
     y = sums.view(torch.float32) if stored == torch.float32 else torch.empty(m, n, dtype=stored)
     args = FinishArgs(sums.data_ptr(), plain_args())
     product = args.product
     product.columns, product.count = n, triple((m,), 1)
-    result = Result((1, m, n), _batched(epilogue, (1, m, n), (m, n)), matrix="position")
-    result.fill(product, y.unsqueeze(0), lib)
+    result = Result((1, m, n), epilogue, matrix="position")
+    result.fill(product, y, lib)
     lib.call("gradbits_finish", args)
-    return y.to(epilogue.dtype)
+    return y if y.dtype == epilogue.dtype else y.to(epilogue.dtype)
 
 
 def own_matmul(a: torch.Tensor, b: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
@@ -59,7 +59,7 @@ def own_matmul(a: torch.Tensor, b: torch.Tensor, epilogue: Epilogue) -> torch.Te
     batch = math.prod(lead)
     if len(lead) != 1:
         a, b = a.reshape(batch, m, k), b.reshape(batch, k, n)
-        epilogue = _batched(epilogue, (batch, m, n), (*lead, m, n))
+        epilogue = _batched(epilogue, (batch, m, n), (*lead, m, n)) if lead else epilogue
     y, args, lib = torch.empty(batch, m, n, dtype=_stored(epilogue)), plain_args(), library.loaded()
     args.groups, args.samples = batch, 1
     if by_sums:
@@ -83,9 +83,7 @@ def _batched(epilogue: Epilogue, flat: tuple[int, ...], full: tuple[int, ...]) -
     """Return the epilogue of a product whose leading axes are flattened into one."""
 
     def turn(t: torch.Tensor) -> torch.Tensor:
-        if t.numel() == 1 or len(full) == 2:
-            return t.reshape(()) if t.numel() == 1 else t.expand(full).unsqueeze(0)
-        return t.expand(full).reshape(flat)
+        return t.reshape(()) if t.numel() == 1 else t.expand(full).reshape(flat)
 
     bias = None if epilogue.bias is None else turn(epilogue.bias)
     return Epilogue(turn(epilogue.scale), tuple(turn(t) for t in epilogue.terms), bias, epilogue.dtype)

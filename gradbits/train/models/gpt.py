@@ -60,12 +60,13 @@ class Block(nn.Module):
         self.attention = Attention(d_model, heads, attention)
         self.norm2 = nn.LayerNorm(d_model)
         self.up = nn.Linear(d_model, 4 * d_model)
+        self.gelu = nn.GELU()
         self.down = nn.Linear(4 * d_model, d_model)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return [batch, length, d_model]."""
         x = x + self.attention(self.norm1(x))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        return x + self.down(self.gelu(self.up(self.norm2(x))))
 
 
 class GPT(nn.Module):
