@@ -23,6 +23,7 @@ BACKENDS = (
     "gradbits.kernels.onednn",
     "gradbits.kernels.quantize",
     "gradbits.kernels.coding",
+    "gradbits.kernels.columns",
     "gradbits.kernels.buckets",
     "gradbits.kernels.huffman_symbols",
     "gradbits.kernels.reference",

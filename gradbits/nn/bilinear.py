@@ -14,8 +14,10 @@ from gradbits.core.qtensor import QTensor, Rotation
 from gradbits.kernels.dispatch import Epilogue, Kernel, Request, choose, run
 from gradbits.kernels.sums import MOST
 from gradbits.nn.headroom import beyond_float32, turned_back, wide
+from gradbits.quantizers.known import note_width
 from gradbits.recipes.recipe import LEGAL_AXIS, Recipe
 
+LARGE = 1 << 15  # gradients of a layer's output that are large enough for an operation of our own
 LARGEST = torch.finfo(torch.float32).max
 OPERANDS = {
     "output": ("input", "weight"),
@@ -84,9 +86,16 @@ class Bilinear:
         """Return why this layer cannot follow ``recipe``, or None."""
         return None
 
-    def bias_gradient(self, g: torch.Tensor) -> torch.Tensor:
-        """Return the gradient of the bias."""
-        return g.sum(dim=tuple(i for i in range(g.dim()) if i != 1))
+    def bias_gradient(self, g: torch.Tensor, asked: bool = False) -> torch.Tensor:
+        """Return the gradient of the bias; where it is ``asked`` for, note the largest magnitude of ``g`` too."""
+        rows = g.movedim(1, -1)
+        if g.device.type != "cpu" or g.dtype == torch.float64 or g.numel() < LARGE or not rows.is_contiguous():
+            return g.sum(dim=tuple(i for i in range(g.dim()) if i != 1))
+        widest = torch.empty(()) if asked else None
+        sums = run("column_sums", Request("cpu"), "auto", rows.reshape(-1, rows.shape[-1]), widest)
+        if widest is not None:
+            note_width(g, widest)
+        return sums
 
     def bias_for_output(self, bias: torch.Tensor, dim: int) -> torch.Tensor:
         """Return the bias so that it broadcasts against an output of ``dim`` axes."""

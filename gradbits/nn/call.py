@@ -15,7 +15,7 @@ from gradbits.core.qtensor import QTensor, Rotation
 from gradbits.nn.bilinear import Bilinear
 from gradbits.nn.kept_weights import keep_codes, kept_codes
 from gradbits.nn.shared import Shared
-from gradbits.quantizers.known import note_width
+from gradbits.quantizers.known import known_width, note_width
 from gradbits.quantizers.quantizer import Quantizer
 from gradbits.quantizers.ranges import State
 from gradbits.recipes.recipe import Recipe
@@ -114,6 +114,12 @@ class Call:
         if self.update:
             return self
         return replace(self, state_of=lambda product, role: states.get(role, {}))
+
+    def bias_gradient(self, g: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of the bias; what the quantizers of ``g`` ask of it is found in the same pass."""
+        specs = [spec for spec in (self.recipe.grad_input, self.recipe.grad_weight) if spec is not None]
+        asked = any(spec.gradient.asks_magnitude for spec in specs)
+        return self.products.bias_gradient(g, asked and known_width(g) is None)
 
     def twice(self, values: dict[str, torch.Tensor], bias: torch.Tensor | None, seen: Seen) -> torch.Tensor:
         """Return the output by operations that autograd differentiates twice; tell ``seen`` of discretized tensors."""

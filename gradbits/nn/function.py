@@ -16,6 +16,7 @@ from gradbits.nn.call import ON_NONFINITE, Call, quantizer_of, without_autocast
 from gradbits.nn.passage import Passage
 from gradbits.nn.sampling import sampled_product
 from gradbits.nn.saved import Kept, Saver, keep_as
+from gradbits.quantizers.known import alias
 
 __all__ = ["ON_NONFINITE", "Call", "QuantizedProduct"]
 
@@ -102,7 +103,7 @@ class QuantizedProduct(torch.autograd.Function):
                 f"layer {call.name!r} is quantized and cannot be differentiated twice (create_graph=True); "
                 "use a float model where second derivatives are needed"
             )
-        (g,) = grads
+        g = alias(grads[0])  # what is noted on it ends with this call
         saved = ctx.saved_tensors
         if call.on_nonfinite == "skip" and not math.isfinite(float(g.sum())) and not bool(torch.isfinite(g).all()):
             warnings.warn(
@@ -115,6 +116,7 @@ class QuantizedProduct(torch.autograd.Function):
         learned: dict[tuple[str, str], torch.Tensor] = {}
         codes: QTensor | None = None
         with without_autocast(g.device.type):
+            bias = call.bias_gradient(g).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
             for role, (operand, passage) in ctx.kept.items():
                 shape, dtype = ctx.like[role]
                 found[role], codes, steps = _backward_product(
@@ -123,7 +125,6 @@ class QuantizedProduct(torch.autograd.Function):
                 learned.update({(role, name): grad for name, grad in steps.items()})
             if ctx.plain and "input" in found:  # what comes next is slow on operands in different memory orders
                 found["input"] = found["input"].contiguous()
-            bias = call.products.bias_gradient(g).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         needed = ctx.needs_input_grad
         inputs = (found.get(role) if need else None for role, need in zip(BACKWARD, needed, strict=False))
         return *inputs, bias, None, *(learned.get(key) for key in call.learned)

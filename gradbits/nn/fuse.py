@@ -19,10 +19,10 @@ FLOAT_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def fuse_(model: nn.Module) -> tuple[str, ...]:
-    """Compute batch norms together with the ReLU behind them, and GELUs, in one pass; all modules keep their names.
+    """Compute batch norms together with the ReLU behind them, and GELUs, in one pass each.
 
     Found are a ``BatchNorm2d`` that a ``ReLU`` follows in a ``Sequential``, every batch norm that the model passes to
-    ``gradbits.nn.norm_relu``, and every ``torch.nn.GELU``.
+    ``gradbits.nn.norm_relu``, and every ``torch.nn.GELU``. All modules keep their names and parameters.
 
     Args:
         model: changed in place; ``unfuse_`` undoes it.

@@ -12,7 +12,7 @@ from gradbits.kernels.native import gelu as native
 from gradbits.nn.norm import FLAG
 from gradbits.quantizers.known import note_width
 
-LEAST = 1 << 15  # elements from which on one pass was measured to be faster, see benchmarks/fused_gelu.py
+LEAST = 1 << 18  # elements from which on one pass was measured to be faster, see benchmarks/fused_gelu.py
 
 
 class GELUFunction(torch.autograd.Function):
@@ -53,14 +53,14 @@ class FusedGELU(nn.GELU):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return GELU of ``input``."""
-        if why_not_fused(input) is not None:
+        if why_not_fused(input, self.approximate) is not None:
             return super().forward(input)
         self.__dict__[FLAG] = "used"
         y: torch.Tensor = GELUFunction.apply(input, self.approximate)
         return y
 
 
-def why_not_fused(x: torch.Tensor) -> str | None:
+def why_not_fused(x: torch.Tensor, approximate: str) -> str | None:
     """Return why PyTorch computes GELU of ``x``, or None."""
     if torch.compiler.is_compiling():
         return "torch.compile fuses for itself"
@@ -68,4 +68,6 @@ def why_not_fused(x: torch.Tensor) -> str | None:
         return "transforms and tracers know PyTorch's own"
     if x.numel() < LEAST:
         return f"{x.numel()} elements are too few to gain by it"
+    if x.dtype == torch.bfloat16 and approximate == "none":
+        return "in bfloat16 PyTorch's own was measured to be faster"
     return native.why_not(x)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from gradbits.core.checks import check_choice, check_integer, check_number
-from gradbits.core.grain import Grain
+from gradbits.core.grain import Grain, PerTensor
 from gradbits.quantizers.grids import Grid
-from gradbits.quantizers.ranges import RangeRule, State, min_max
+from gradbits.quantizers.ranges import RangeRule, State, largest_magnitude
 
 HISTOGRAM_FROM = 1 << 15  # above this size a search looks at a histogram of magnitudes instead of every element
 BINS = 2048
@@ -165,6 +165,8 @@ class DirectionClip(RangeRule):
     search: str = "grid"
     guard: float = 2.0
 
+    by_magnitude = True
+
     def __post_init__(self) -> None:
         check_integer(self.refresh, "DirectionClip.refresh", 1)
         check_choice(self.search, "DirectionClip.search", ("grid", "descent"))
@@ -194,21 +196,29 @@ class DirectionClip(RangeRule):
     def _limits(
         self, x: torch.Tensor, grain: Grain, state: State, update: bool, levels: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        low, high = min_max(x, grain)
-        shape = grain.scale_shape(x.shape)
-        peak = torch.maximum(-low, high).max() if low.numel() else low.new_zeros(())
+        shape, clip = grain.scale_shape(x.shape), self._clip(x, grain, state, update, levels)
+        return (-clip).expand(shape).clone(), clip.expand(shape).clone()
+
+    def width(self, grid: Grid, x: torch.Tensor, state: State, update: bool) -> torch.Tensor:
+        return self._clip(x, PerTensor(), state, update, grid.levels[1])
+
+    def _clip(self, x: torch.Tensor, grain: Grain, state: State, update: bool, levels: int) -> torch.Tensor:
+        """Return c as one number; where ``x`` is not finite, its largest magnitude, and the state stays."""
+        magnitude = largest_magnitude(x, grain)
+        peak = magnitude.reshape(()) if magnitude.numel() == 1 else magnitude.amax() if magnitude.numel() else None
+        if peak is None:
+            return torch.zeros((), device=x.device)
         largest = float(peak)
         if not math.isfinite(largest):
-            return torch.full(shape, -peak.item(), device=x.device), torch.full(shape, peak.item(), device=x.device)
+            return peak
+        known = float(state["clip"])
         if update and largest > 0.0:
-            known = float(state["clip"])
             stale = not math.isfinite(known) or int(state["age"]) >= self.refresh
             if stale or largest > self.guard * float(state["largest"]):
                 self._search_(x, largest, known, state, levels)
+                known = float(state["clip"])
             state["age"] += 1
-        known = float(state["clip"])
-        clip = min(known, largest) if math.isfinite(known) else largest
-        return torch.full(shape, -clip, device=x.device), torch.full(shape, clip, device=x.device)
+        return torch.full((), known, device=x.device) if math.isfinite(known) and known < largest else peak
 
     def _search_(self, x: torch.Tensor, largest: float, known: float, state: State, levels: int) -> None:
         m = Magnitudes.of(x)

@@ -10,6 +10,8 @@ def note_width(x: torch.Tensor, width: torch.Tensor) -> None:
 
     Not for what others may change behind PyTorch's back: parameters (by ``.data``), inputs (by NumPy).
     """
+    if x.is_inference():  # whose changes PyTorch does not count
+        return
     x.gradbits_width = (x._version, x.data_ptr(), width)  # type: ignore[attr-defined]
 
 
@@ -23,6 +25,8 @@ def known_width(x: torch.Tensor) -> torch.Tensor | None:
     >>> known_width(x.mul_(2.0)) is None, known_width(x[:1]) is None
     (True, True)
     """
+    if x.is_inference():
+        return None
     found = getattr(x, "gradbits_width", None)
     base = x._base
     if found is None and base is not None and base.numel() == x.numel() and base.is_contiguous() and x.is_contiguous():
@@ -31,3 +35,15 @@ def known_width(x: torch.Tensor) -> torch.Tensor | None:
         return None
     width: torch.Tensor = found[2]
     return width
+
+
+def alias(x: torch.Tensor) -> torch.Tensor:
+    """Return the same values as a tensor of its own, detached, with what has been noted on ``x``.
+
+    >>> x = torch.ones(2); note_width(alias(x), torch.tensor(1.0)); known_width(x) is None
+    True
+    """
+    other, width = x.detach(), known_width(x)
+    if width is not None:
+        note_width(other, width)
+    return other

@@ -16,7 +16,6 @@ from gradbits.kernels.dispatch import Request, run
 from gradbits.kernels.quantize import CodeMap, Noise
 from gradbits.quantizers.estimators import STE, StraightThrough
 from gradbits.quantizers.grids import Grid, GridValues, Symmetric
-from gradbits.quantizers.known import known_width
 from gradbits.quantizers.ranges import AbsMax, RangeRule, State
 from gradbits.quantizers.rotation import RotationRule
 
@@ -124,7 +123,8 @@ class Quantizer(Spec):
                 what = self.rotation if self.rotation is not None and self.rotation.init_state() else self.range
                 raise ArgumentError(f"state=None: {type(what).__name__} remembers; pass init_state()")
             state = {}
-        shape, dtype, width, x = x.shape, x.dtype, known_width(x), x.detach()
+        shape, dtype = x.shape, x.dtype
+        x = x.detach() if x.requires_grad else x  # what was noted on it stays with it
         grouped = tokens > 1 and self.rows == "sample" and self._goes_by_rows and x.dim() > 1
         if grouped:
             x = x.reshape(shape[0] // tokens, tokens, *shape[1:]).flatten(1)
@@ -136,14 +136,19 @@ class Quantizer(Spec):
             noise = None
         elif noise is None:
             noise = NoiseKey.of(draw_seed())
-        if self.is_plain and x.numel():
-            return self._quantize_plain(x, noise, compute, dtype, width)
+        if self.asks_magnitude and type(self.grid) is Symmetric and x.numel():
+            return self._quantize_symmetric(x, noise, compute, self.range.width(self.grid, x, state, update))
         low, high = self.range.limits_on(self.grid, x, self.grain, state, update)
         q = self._digits(x, self.range.rescale(self.grid.place(low, high), state), noise, compute)
         if grouped:
             q, low, high = _ungroup(q, low, high, shape, tokens)
             rotation = None if rotation is None else rotation.of_group(tokens)
         return replace(q, dtype=dtype, rotation=rotation), low, high
+
+    @property
+    def asks_magnitude(self) -> bool:
+        """Whether it wants to know the largest magnitude of the whole tensor as it is given."""
+        return self.rotation is None and self.range.by_magnitude and type(self.grain) is PerTensor
 
     @property
     def is_plain(self) -> bool:
@@ -155,20 +160,15 @@ class Quantizer(Spec):
             and type(self.grain) is PerTensor
         )
 
-    def _quantize_plain(
-        self,
-        x: torch.Tensor,
-        noise: Noise,
-        compute: str,
-        dtype: torch.dtype,
-        width: torch.Tensor | None,
+    def _quantize_symmetric(
+        self, x: torch.Tensor, noise: Noise, compute: str, width: torch.Tensor | None
     ) -> tuple[QTensor, torch.Tensor, torch.Tensor]:
-        """Quantize by the largest magnitude: the most frequent case, as one operation."""
+        """Quantize by one symmetric range of width c, or by the largest magnitude: the most frequent case."""
         found = torch.empty(3, *(1,) * x.dim(), device=x.device)
         compute = "auto" if compute == "simulate" else compute
         codes = run("quantize_symmetric", Request(x.device.type), compute, x, self.grid.levels[1], noise, found, width)
         scale, low, high = found.unbind(0)
-        q = QTensor(codes=codes, scale=scale, bits=self.bits, shape=x.shape, grain=self.grain, dtype=dtype)
+        q = QTensor(codes=codes, scale=scale, bits=self.bits, shape=x.shape, grain=self.grain, dtype=x.dtype)
         return q, low, high
 
     @property

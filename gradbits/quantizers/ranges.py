@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 
 from gradbits.core.checks import check_number
-from gradbits.core.grain import Grain, PerBlock, PerChannel
+from gradbits.core.grain import Grain, PerBlock, PerChannel, PerTensor
 from gradbits.core.spec import Spec
 from gradbits.kernels.dispatch import Request, run
 from gradbits.quantizers.grids import Grid, GridValues
+from gradbits.quantizers.known import known_width
 
 State = dict[str, torch.Tensor]
 
@@ -41,6 +42,7 @@ class RangeRule(Spec):
     """How the range of a quantizer is chosen; the base of all rules."""
 
     learned: ClassVar[tuple[str, ...]] = ()  # entries of the state that are parameters of the layer
+    by_magnitude: ClassVar[bool] = False  # whether it is symmetric and asks for ``largest_magnitude`` of the values
 
     @property
     def can_clip(self) -> bool:
@@ -67,6 +69,13 @@ class RangeRule(Spec):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ``limits`` for a rule that sets the range by the grid's steps; the others ignore ``grid``."""
         return self.limits(x, grain, state, update)
+
+    def width(self, grid: Grid, x: torch.Tensor, state: State, update: bool) -> torch.Tensor | None:
+        """Return one number, c of the range [-c, c] that all of ``x`` shares, for a rule by magnitude.
+
+        None means the largest magnitude, which is not known.
+        """
+        raise NotImplementedError
 
     def rescale(self, placed: GridValues, state: State) -> GridValues:
         """Return what the codes of ``placed`` stand for, for a rule that learns a factor of the values besides."""
@@ -96,6 +105,20 @@ class RangeRule(Spec):
         raise NotImplementedError
 
 
+def largest_magnitude(x: torch.Tensor, grain: Grain) -> torch.Tensor:
+    """Return the largest magnitude of what shares one scale, in the grain's scale shape, noted or looked for.
+
+    >>> from gradbits.core.grain import PerTensor
+    >>> largest_magnitude(torch.tensor([1.0, -2.0]), PerTensor()).tolist()
+    [2.0]
+    """
+    known = known_width(x) if isinstance(grain, PerTensor) else None
+    if known is not None:
+        return known.reshape(grain.scale_shape(x.shape))
+    low, high = min_max(x, grain)
+    return torch.maximum(-low, high)
+
+
 @dataclass(frozen=True, kw_only=True)
 class AbsMax(RangeRule):
     r"""The symmetric range :math:`[-c, c],\ c = \max|x|`.
@@ -105,10 +128,14 @@ class AbsMax(RangeRule):
     [-3.0, 3.0]
     """
 
+    by_magnitude = True
+
     def limits(self, x: torch.Tensor, grain: Grain, state: State, update: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        low, high = min_max(x, grain)
-        largest = torch.maximum(-low, high)
+        largest = largest_magnitude(x, grain)
         return -largest, largest
+
+    def width(self, grid: Grid, x: torch.Tensor, state: State, update: bool) -> torch.Tensor | None:
+        return known_width(x)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from gradbits.core.checks import check_choice, check_instance, check_integer
@@ -174,7 +175,7 @@ so its scale cannot leave the integer product; legal are PerTensor() and PerChan
                     if isinstance(operand, Quantizer):
                         yield product, field.name, operand
 
-    @property
+    @cached_property
     def is_stochastic(self) -> bool:
         """Whether any operand draws noise."""
         sampled = any(getattr(spec, "sampling", None) for spec in (self.grad_input, self.grad_weight))

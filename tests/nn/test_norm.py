@@ -114,6 +114,14 @@ def test_a_large_mean_does_not_cancel():
 
 
 @NATIVE
+def test_inference_mode():
+    plain, fused = norms(8)
+    with torch.inference_mode():
+        x = images(4, 8, 5, 5).detach()
+        torch.testing.assert_close(norm_relu(fused.eval(), x), norm_relu(plain.eval(), x))
+
+
+@NATIVE
 def test_threads_change_nothing():
     _, fused = norms(16)
     x, g = images(16, 16, 32, 32), images(16, 16, 32, 32, seed=2).detach()
@@ -170,7 +178,7 @@ def test_bad_input_is_refused_as_pytorch_refuses_it():
             norm_relu(norm, images(4, 6, 6, 6))
         with pytest.raises(ValueError, match="4D"):
             norm_relu(norm, torch.randn(4, 8))
-    with pytest.raises(NothingToQuantizeError, match="no batch norm"):
+    with pytest.raises(NothingToQuantizeError, match="neither batch norm nor GELU"):
         gb.fuse_(nn.Linear(2, 2))
 
 
@@ -187,7 +195,7 @@ def test_sequences_keep_names_parameters_and_results():
     assert torch.allclose(y, want, rtol=1e-4, atol=1e-5)
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(net.buffers(), before.buffers(), strict=True))
     assert gb.report(net).fused == ("1",)
-    assert "computed with the ReLU behind them: 1" in str(gb.report(net))
+    assert "computed in one pass: 1" in str(gb.report(net))
     twin = pickle.loads(pickle.dumps(copy.deepcopy(net)))
     assert gb.report(twin).fused == ("1",)
     unfuse_(net)

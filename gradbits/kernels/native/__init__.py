@@ -12,6 +12,7 @@ from gradbits.kernels.dispatch import Kernel, Request
 def kernels() -> tuple[Kernel, ...]:
     """Return the kernels of this backend."""
     from gradbits.kernels.native import buckets, huffman, library, packing, products, sums
+    from gradbits.kernels.native.columns import column_sums
     from gradbits.kernels.native.digest import digest
     from gradbits.kernels.native.quantize import min_max, quantize, quantize_symmetric
 
@@ -26,7 +27,7 @@ def kernels() -> tuple[Kernel, ...]:
         *(huffman.count_symbols, huffman.huffman_encode, huffman.huffman_decode),
     )
     functions = (
-        *(quantize, quantize_symmetric, min_max, packing.pack, packing.unpack, sums.sum_codes, digest),
+        *(quantize, quantize_symmetric, min_max, packing.pack, packing.unpack, sums.sum_codes, digest, column_sums),
         *(products.matmul, products.conv_output, products.conv_grad_input, products.conv_grad_weight),
         *wire,
     )

@@ -67,5 +67,7 @@ GB_API int gradbits_norm(int level, const NormArgs* args) { return table(level)-
 
 GB_API int gradbits_gelu(int level, const GeluArgs* args) { return table(level)->gelu(args); }
 
+GB_API int gradbits_column_sums(int level, const ColumnSumsArgs* args) { return table(level)->column_sums(args); }
+
 GB_API int gradbits_digest(int level, const DigestArgs* args) { return table(level)->digest(args); }
 }

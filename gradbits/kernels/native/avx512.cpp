@@ -10,7 +10,7 @@ GB_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,prefer-vec
 GB_END
 #undef GB_VNNI
 const Kernels gb_avx512 = {"avx512_vnni", avx512::quantize, avx512::range, avx512::symmetric, avx512::rows, avx512::columns, avx512::finish_sums, avx512::depth_rows, avx512::depth_columns,
-                            avx512::pack, avx512::unpack, avx512::sums, avx512::norm, avx512::gelu, avx512::digest};
+                            avx512::pack, avx512::unpack, avx512::sums, avx512::norm, avx512::gelu, avx512::column_sums, avx512::digest};
 #else
 const Kernels gb_avx512 = {};
 #endif

@@ -8,10 +8,12 @@ namespace {
 #include "symmetric.inl"
 #include "weave.inl"
 #include "tile.inl"
-#include "epilogue.inl"
 #include "blocks.inl"
+#include "epilogue.inl"
 #include "finish.inl"
 #include "depthwise.inl"
+#include "depth_rows.inl"
+#include "depth_columns.inl"
 #include "rows.inl"
 #include "columns.inl"
 #include "pack.inl"
@@ -19,6 +21,7 @@ namespace {
 #include "norm_lanes.inl"
 #include "norm.inl"
 #include "gelu.inl"
+#include "column_sums.inl"
 #include "digest.inl"
 }  // namespace
 }  // namespace GB_ISA

@@ -144,31 +144,84 @@ static void put_turned(const ProductArgs* p, const Floats* y, int rows, const Wh
     }
 }
 
+GB_INLINE Floats finished(const ProductArgs* p, Floats y, Floats scale, const Floats* term) {
+    y *= scale;
+    for (int t = 0; t < p->epilogue.count; t++) y += term[t];
+    return y;
+}
+
+// Up to 16 channels of scale and terms.
+GB_INLINE void load_operands(const Epilogue* e, int64_t group, const Where* w, int64_t channel, int n, Floats* scale,
+                             Floats* term) {
+    *scale = operand_at(&e->scale, group, w, channel, n);
+    for (int t = 0; t < e->count; t++) term[t] = operand_at(&e->terms[t], group, w, channel, n);
+}
+
+GB_INLINE void put_whole(float* at, Floats y, bool past) {
+#ifdef GB_VNNI
+    if (past) {
+        _mm512_stream_ps(at, (__m512)y);
+        return;
+    }
+#endif
+    (void)past;
+    __builtin_memcpy(at, &y, sizeof y);
+}
+
+// V whole vectors of channels of every row, which take the same scale and terms, to adjacent floats.
+template <class S, int V>
+static void finish_whole(const ProductArgs* p, const S* sums, int64_t pitch, int rows, const Where* where, int64_t group,
+                         int64_t channel, int how) {
+    const int count = p->epilogue.count;
+    Floats scale[V], term[V][GB_TERMS];
+    for (int v = 0; v < V; v++) load_operands(&p->epilogue, group, where, channel + v * 16, 16, &scale[v], term[v]);
+    for (int m = 0; m < rows; m++, sums += pitch) {
+        float* at = (float*)p->result + where[m].to + channel;
+        const bool past = (how & STREAM) && ((uintptr_t)at & 63) == 0;
+        Floats y[V];
+        GB_UNROLL for (int v = 0; v < V; v++) y[v] = floats_of(sums + v * 16) * scale[v];
+        for (int t = 0; t < count; t++)
+            GB_UNROLL for (int v = 0; v < V; v++) y[v] += term[v][t];
+        GB_UNROLL for (int v = 0; v < V; v++) put_whole(at + v * 16, y[v], past);
+    }
+}
+
+// To a result whose channels are adjacent: row by row, so that memory is written in its order.
+template <class S>
+static void finish_rows(const ProductArgs* p, const S* sums, int64_t pitch, int rows, int64_t width, const Where* where,
+                        int64_t group, int64_t channel, int how) {
+    int64_t at = 0;
+    if ((how & UNIFORM) && p->epilogue.dtype == GB_FLOAT32 && p->r_channel == 1) {
+        for (; at + 64 <= width; at += 64) finish_whole<S, 4>(p, sums + at, pitch, rows, where, group, channel + at, how);
+        for (; at + 16 <= width; at += 16) finish_whole<S, 1>(p, sums + at, pitch, rows, where, group, channel + at, how);
+    }
+    for (; at < width; at += 16) {
+        const int n = (int)least(width - at, 16);
+        Floats scale, term[GB_TERMS];
+        for (int m = 0; m < rows; m++) {
+            if (!m || !(how & UNIFORM)) load_operands(&p->epilogue, group, where + m, channel + at, n, &scale, term);
+            Floats y = finished(p, floats_of(sums + m * pitch + at), scale, term);
+            put_floats(p, where[m].to + (channel + at) * p->r_channel, p->r_channel, y, n, how);
+        }
+    }
+}
+
 // Finish `rows` rows of `width` adjacent channels from `channel` on; S is int32_t or int64_t. Sums are read by 16.
 template <class S>
 static void finish(const ProductArgs* p, const S* sums, int64_t pitch, int rows, int64_t width, const Where* where,
                    int64_t group, int64_t channel, int how) {
-    const Epilogue* e = &p->epilogue;
-    const int count = e->count;
+    if (p->r_channel == 1 || rows == 1) {
+        finish_rows(p, sums, pitch, rows, width, where, group, channel, how);
+        return;
+    }
     for (int64_t v = 0; v < width; v += 16) {
         const int n = (int)(width - v < 16 ? width - v : 16);
-        const int64_t to = (channel + v) * p->r_channel;
-        Floats kept[MOST_ROWS + 16], term[GB_TERMS], scale = operand_at(&e->scale, group, where, channel + v, n);
-        for (int t = 0; t < count; t++) term[t] = operand_at(&e->terms[t], group, where, channel + v, n);
-        const bool turned = p->r_channel != 1 && rows > 1;
+        Floats kept[MOST_ROWS + 16], term[GB_TERMS], scale;
         for (int m = 0; m < rows; m++) {
-            Floats y = floats_of(sums + m * pitch + v);
-            if (!(how & UNIFORM) && m) {
-                scale = operand_at(&e->scale, group, where + m, channel + v, n);
-                for (int t = 0; t < count; t++) term[t] = operand_at(&e->terms[t], group, where + m, channel + v, n);
-            }
-            y *= scale;
-            for (int t = 0; t < count; t++) y += term[t];
-            if (turned)
-                kept[m] = y;
-            else
-                put_floats(p, where[m].to + to, p->r_channel, y, n, how);
+            if (!m || !(how & UNIFORM))
+                load_operands(&p->epilogue, group, where + m, channel + v, n, &scale, term);
+            kept[m] = finished(p, floats_of(sums + m * pitch + v), scale, term);
         }
-        if (turned) put_turned(p, kept, rows, where, to, n, how);
+        put_turned(p, kept, rows, where, (channel + v) * p->r_channel, n, how);
     }
 }

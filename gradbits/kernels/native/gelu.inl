@@ -21,16 +21,29 @@ GB_INLINE float share_of(float x, const GeluArgs* p) {
     return 0.5f + c;
 }
 
+GB_INLINE void narrow_lanes(const float* from, int n, float* to) { __builtin_memcpy(to, from, sizeof(float) * (size_t)n); }
+GB_INLINE void narrow_lanes(const float* from, int n, Bf16* to) {
+    int i = 0;
+    for (; i + 16 <= n; i += 16) {
+        Floats some;
+        __builtin_memcpy(&some, from + i, sizeof some);
+        Halves half = to_bf16(some);
+        __builtin_memcpy(to + i, &half, sizeof half);
+    }
+    for (; i < n; i++) narrow(from[i], to + i);
+}
+
 template <class T, bool BACK>
 GB_INLINE void gelu_lanes(const T* __restrict x, const T* __restrict g, const GeluArgs* p, int n, T* __restrict y,
                           Widest* __restrict w) {
+    float held[NORM_BLOCK];
     GB_INDEPENDENT
     for (int j = 0; j < n; j++) {
         float v = widen(x[j]);
-        v = (BACK ? widen(g[j]) : v) * share_of(v, p);
-        narrow(v, y + j);
-        widen_to(w->bits + j, v);
+        held[j] = (BACK ? widen(g[j]) : v) * share_of(v, p);
+        widen_to(w->bits + j, held[j]);
     }
+    narrow_lanes(held, n, y);
 }
 
 template <class T, bool BACK>

@@ -131,6 +131,14 @@ struct GeluArgs {
     int32_t dtype, threads;
 };
 
+// Sums of the columns of x; `room`: a row for each 64 rows of x, the first receives the sums.
+struct ColumnSumsArgs {
+    const void* x;
+    float *room, *widest;  // widest: largest magnitude of x
+    int64_t rows, columns;
+    int32_t dtype, threads;
+};
+
 struct Kernels {
     const char* name;
     int (*quantize)(const QuantizeArgs*);
@@ -146,6 +154,7 @@ struct Kernels {
     int (*sums)(const SumsArgs*);
     int (*norm)(const NormArgs*);
     int (*gelu)(const GeluArgs*);
+    int (*column_sums)(const ColumnSumsArgs*);
     int (*digest)(const DigestArgs*);
 };
 

@@ -43,7 +43,7 @@ class Attention(nn.Module):
         """Return [batch, length, d_model]; position t sees positions up to t."""
         batch, length, d_model = x.shape
         split = self.qkv(x).view(batch, length, 3, self.heads, d_model // self.heads)
-        query, key, value = split.permute(2, 0, 3, 1, 4).unbind(0)
+        query, key, value = (part.transpose(1, 2) for part in split.unbind(2))
         if self.products is None:
             y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         else:

@@ -1,0 +1,130 @@
+"""What fuse_ finds, how it is undone, and GELU in one pass."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gradbits as gb
+from gradbits.core.errors import NothingToQuantizeError
+from gradbits.kernels.native import library
+from gradbits.nn import gelu as module
+from gradbits.nn import unfuse_
+from gradbits.nn.gelu import FusedGELU
+from gradbits.quantizers.known import known_width
+from gradbits.train.models import build_model
+
+NATIVE = pytest.mark.skipif(library.why_not() is not None, reason=f"no native kernels: {library.why_not()}")
+
+
+@pytest.fixture
+def however_few(monkeypatch):
+    """Fuse small inputs too."""
+    monkeypatch.setattr(module, "LEAST", 0)
+
+
+def fused(approximate: str = "none") -> nn.GELU:
+    gelu = nn.GELU(approximate)
+    gb.fuse_(gelu)
+    return gelu
+
+
+@NATIVE
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gelu_and_its_gradient(however_few, approximate, dtype):
+    x, g = (torch.randn(3, 5, 64).to(dtype) for _ in range(2))
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    want, got = F.gelu(a, approximate=approximate), fused(approximate)(b)
+    want.backward(g)
+    got.backward(g)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(b.grad, a.grad)
+    seen = known_width(got)
+    assert (seen is None) == (dtype == torch.bfloat16 and approximate == "none")  # which stays with PyTorch
+    assert seen is None or seen.item() == got.detach().abs().max().item()
+
+
+@NATIVE
+def test_gradients_in_another_order_or_dtype(however_few):
+    x = torch.randn(6, 8).requires_grad_()
+    g = torch.randn(8, 6).t()
+    (want,) = torch.autograd.grad(F.gelu(x), x, g)
+    (got,) = torch.autograd.grad(fused()(x), x, g)
+    torch.testing.assert_close(got, want)
+    (got,) = torch.autograd.grad(fused()(x.t()).t(), x, g)
+    torch.testing.assert_close(got, want)
+
+
+@NATIVE
+def test_layers_around_gelu_get_the_same_numbers(however_few):
+    """The scales that the noted widths give are those of looking again: bits do not change."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 32), nn.Linear(32, 4))
+    gb.quantize_(model, "int8_dynamic")
+    gb.fuse_(model)
+    x, results = torch.randn(4, 6, 32), []
+    for forget in (False, True):
+        if forget:
+            model[2].register_forward_hook(lambda m, args, y: y + 0.0)  # another tensor, with nothing noted
+        torch.manual_seed(1)
+        model.zero_grad()
+        y = model(x)
+        y.square().sum().backward()
+        results.append([y.detach(), *(p.grad.clone() for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_small_odd_and_compiled_inputs_are_pytorchs():
+    gelu, x = fused(), torch.randn(4, 4)
+    assert torch.equal(gelu(x), F.gelu(x))
+    assert torch.equal(gelu(x.double()), F.gelu(x.double()))
+    assert torch.equal(gelu(x[:, ::2]), F.gelu(x[:, ::2]))
+    assert gelu(torch.empty(0)).shape == (0,)
+
+
+@NATIVE
+def test_inference_mode_and_transforms(however_few):
+    gelu, x = fused(), torch.randn(8, 8)
+    with torch.inference_mode():
+        torch.testing.assert_close(gelu(x.clone()), F.gelu(x))
+    torch.testing.assert_close(torch.func.vmap(gelu)(x), F.gelu(x))
+
+
+def test_inference_mode_of_a_quantized_model(however_few):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8), nn.Linear(8, 2))
+    gb.quantize_(model, "int8_dynamic")
+    gb.fuse_(model)
+    model.eval()
+    x = torch.randn(5, 8)
+    with torch.no_grad():
+        want = model(x)
+    with torch.inference_mode():
+        assert torch.equal(model(x), want)
+
+
+def test_fuse_names_what_it_found_and_is_undone():
+    model = build_model("gpt", {"vocabulary": 16}, {"context": 8, "d_model": 16, "layers": 2, "heads": 2})
+    assert gb.fuse_(model) == ("blocks.0.gelu", "blocks.1.gelu")
+    again = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert type(again.blocks[0].gelu) is FusedGELU
+    unfuse_(again)
+    assert type(again.blocks[0].gelu) is nn.GELU
+    with pytest.raises(NothingToQuantizeError, match="neither batch norm nor GELU"):
+        gb.fuse_(nn.Linear(2, 2))
+
+
+@NATIVE
+def test_the_report_says_what_was_fused(however_few):
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU())
+    gb.fuse_(model)
+    assert gb.report(model).fused == ()
+    model(torch.randn(2, 4))
+    assert gb.report(model).fused == ("1",)
+    assert "computed in one pass: 1" in str(gb.report(model))
