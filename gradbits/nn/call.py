@@ -182,8 +182,7 @@ class Call:
 
 def quantizer_of(recipe: Recipe, product: str, role: str) -> Quantizer:
     """Return the quantizer of an operand."""
-    found: Quantizer = getattr(getattr(recipe, product), role)
-    return found
+    return recipe.by_operand[product, role]
 
 
 def without_autocast(device: str) -> AbstractContextManager[object]:

@@ -134,8 +134,8 @@ class Quantized:
     def state_of(self, product: str, role: str) -> State:
         """Return the state of an operand's quantizer; empty where it remembers nothing."""
         slot = self.assignment.slots.get((product, role))
-        states = getattr(self, "quantizers", None)
-        if slot is None or states is None:
+        states = None if slot is None else getattr(self, "quantizers", None)
+        if states is None:
             return {}
         prefix = f"{slot}_"
         return {name[len(prefix) :]: t for name, t in states.entries().items() if name.startswith(prefix)}

@@ -58,7 +58,7 @@ class Saver:
         """Store the tensors of a tensor, a QTensor, or None; return how to find them again."""
         if value is None or isinstance(value, torch.Tensor):
             return self._put(value)
-        held = {name: self.add(part) for name, part in vars(value).items() if part is not None and _has_tensors(part)}
+        held = {name: self.add(part) for name, part in vars(value).items() if _has_tensors(part)}
         return Handle(_with(value, dict.fromkeys(held)), held)
 
     def _put(self, tensor: torch.Tensor | None) -> int | None:
@@ -86,6 +86,6 @@ def _with(value: Any, parts: dict[str, Any]) -> Any:
 
 
 def _has_tensors(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) or (
-        not isinstance(value, (int, tuple, torch.dtype, Spec, type)) and is_dataclass(value)
-    )
+    if value is None or isinstance(value, (int, tuple, torch.dtype, Spec, type)):
+        return False
+    return isinstance(value, torch.Tensor) or is_dataclass(value)

@@ -176,6 +176,11 @@ so its scale cannot leave the integer product; legal are PerTensor() and PerChan
                         yield product, field.name, operand
 
     @cached_property
+    def by_operand(self) -> dict[tuple[str, str], Quantizer]:
+        """The quantizer of every quantized operand by (product, role)."""
+        return {(product, role): q for product, role, q in self.operands()}
+
+    @cached_property
     def is_stochastic(self) -> bool:
         """Whether any operand draws noise."""
         sampled = any(getattr(spec, "sampling", None) for spec in (self.grad_input, self.grad_weight))

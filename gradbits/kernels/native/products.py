@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -111,6 +113,10 @@ def _patch_args(
 
 def _empty_like_order(shape: tuple[int, ...], dtype: torch.dtype, *codes: torch.Tensor) -> torch.Tensor:
     """Return room for a result: channels last where an operand's memory is in that order, else contiguous."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(shape))
+    if last is not None:
+        turned = any(not t.is_contiguous() and t.is_contiguous(memory_format=last) for t in codes)
+        return torch.empty(shape, dtype=dtype, memory_format=last if turned else torch.contiguous_format)
     if any(not t.is_contiguous() and t.movedim(1, -1).is_contiguous() for t in codes):
         return channels_first(torch.empty(shape[0], *shape[2:], shape[1], dtype=dtype))
     return torch.empty(shape, dtype=dtype)
@@ -161,6 +167,41 @@ def _is_depthwise(x: torch.Tensor, columns: int, channels: int, g: ConvGeometry)
     return g.groups > 1 and channels == 1 and columns == g.groups and x.stride(1) == 1
 
 
+@dataclass(frozen=True)
+class _Phase:
+    """What the arguments of one stride-1 convolution of ``grad_input`` are besides those of the whole.
+
+    Args:
+        last: offset of the last tap in the weight's memory.
+        first: index of the first position.
+        triples: the arguments that have three entries, by name.
+    """
+
+    last: int
+    first: int
+    triples: dict[str, Any]
+
+
+@lru_cache(maxsize=1024)
+def _phases(g: ConvGeometry, strides: tuple[int, ...]) -> tuple[_Phase, ...]:
+    """Return the phases of a convolution whose weight has ``strides`` along the taps."""
+    flat, found = _strides_of(g.input_size), []
+    for phase in grad_input_phases(g):
+        taps = [range(*part.indices(k)) for part, k in zip(phase.taps, g.kernel_size, strict=True)]
+        places = [range(*part.indices(n)) for part, n in zip(phase.positions, g.input_size, strict=True)]
+        triples = {
+            "w_tap": triple([-t.step * stride for t, stride in zip(taps, strides, strict=True)], 0),
+            "taps": triple([len(t) for t in taps], 1),
+            "count": triple([len(r) for r in places], 1),
+            "padding": triple(phase.low, 0),
+            "dilation": triple(phase.dilation, 1),
+            "step": triple([r.step * f for r, f in zip(places, flat, strict=True)], 0),
+        }
+        last = sum(t[-1] * stride for t, stride in zip(taps, strides, strict=True))
+        found.append(_Phase(last, sum(r.start * f for r, f in zip(places, flat, strict=True)), triples))
+    return tuple(found)
+
+
 def conv_grad_input(grad: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry, epilogue: Epilogue) -> torch.Tensor:
     """Return the gradient of the input from codes ``grad`` [N, Co, *] and ``w`` [Co, Ci/groups, *]."""
     if not _fits(epilogue) or terms_of("conv_grad_input", geometry, 1, w.shape) > INT32_TERMS:
@@ -178,24 +219,19 @@ def conv_grad_input(grad: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry,
     args.columns, args.w_column, args.w_channel, args.w_group = w.shape[1], s[1], s[0], channels * s[0]
     args.stride = triple((), 1)
     result.fill(args, out, lib)
-    flat = _strides_of(g.input_size)
-    phases = grad_input_phases(g)
+    positions = triple(_strides_of(g.input_size), 0)
+    phases = _phases(g, s[2:])
     if len(phases) < math.prod(min(st, n) for st, n in zip(g.stride, g.input_size, strict=True)):
         # no tap meets some positions: first give all of them the epilogue of an empty sum
         args.channels, args.taps, args.count = 0, triple((), 1), triple(g.input_size, 1)
-        args.w, args.first, args.step = w.data_ptr(), 0, triple(flat, 0)
+        args.w, args.first, args.step = w.data_ptr(), 0, positions
         lib.call(rows, args)
         args.channels = channels
     for phase in phases:
-        taps = [range(*part.indices(k)) for part, k in zip(phase.taps, g.kernel_size, strict=True)]
-        places = [range(*part.indices(n)) for part, n in zip(phase.positions, g.input_size, strict=True)]
-        last = sum(t[-1] * stride for t, stride in zip(taps, s[2:], strict=True))
-        args.w = w.data_ptr() + last  # taps run backwards
-        args.w_tap = triple([-t.step * stride for t, stride in zip(taps, s[2:], strict=True)], 0)
-        args.taps, args.count = triple([len(t) for t in taps], 1), triple([len(r) for r in places], 1)
-        args.padding, args.dilation = triple(phase.low, 0), triple(phase.dilation, 1)
-        args.first = sum(r.start * f for r, f in zip(places, flat, strict=True))
-        args.step = triple([r.step * f for r, f in zip(places, flat, strict=True)], 0)
+        args.w = w.data_ptr() + phase.last  # taps run backwards
+        args.first = phase.first
+        for name, value in phase.triples.items():
+            setattr(args, name, value)
         lib.call(rows, args)
     return out.to(epilogue.dtype)
 

@@ -12,6 +12,7 @@ from gradbits.kernels.quantize import CodeMap, Noise, memory_order
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NEAREST, KEYED, EXPLICIT = range(3)
+NO_KEY = NoiseKey(0, 0)
 
 
 class QuantizeArgs(ctypes.Structure):
@@ -115,9 +116,12 @@ def quantize_symmetric(
 ) -> torch.Tensor:
     """Return codes and fill ``found`` as ``gradbits.kernels.quantize.quantize_symmetric`` does."""
     lib = library.loaded()
-    x, order = _dense(x)
-    codes = torch.empty(x.shape if x.is_contiguous() else [x.shape[axis] for axis in order], dtype=torch.int8)
-    mode, key, explicit = _noise_of(noise, order)
+    if not (x.dtype in DTYPES and _is_dense(x)):
+        x, _ = _dense(x)
+    codes = torch.empty_like(x, dtype=torch.int8)
+    explicit = torch.empty_like(x, dtype=torch.float32).copy_(noise) if isinstance(noise, torch.Tensor) else None
+    key = noise if isinstance(noise, NoiseKey) else NO_KEY
+    mode = NEAREST if noise is None else KEYED if explicit is None else EXPLICIT
     args = SymmetricArgs(
         QuantizeArgs(
             x.data_ptr(), codes.data_ptr(), 1, 1, codes.numel(), None, None, None, _pointer(explicit),
@@ -126,7 +130,13 @@ def quantize_symmetric(
         _pointer(width), found.data_ptr(), largest,
     )  # fmt: skip
     lib.call("gradbits_symmetric", args)
-    return _in_order_of(codes, order)
+    return codes
+
+
+def _is_dense(x: torch.Tensor) -> bool:
+    """Whether ``x`` has no gaps; the usual orders are asked for first."""
+    usual = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+    return usual or memory_order(x) is not None
 
 
 def _noise_of(noise: Noise, order: tuple[int, ...]) -> tuple[int, NoiseKey, torch.Tensor | None]:
@@ -134,8 +144,8 @@ def _noise_of(noise: Noise, order: tuple[int, ...]) -> tuple[int, NoiseKey, torc
     if isinstance(noise, NoiseKey):
         return KEYED, noise, None
     if noise is None:
-        return NEAREST, NoiseKey(0, 0), None
-    return EXPLICIT, NoiseKey(0, 0), noise.to(torch.float32).permute(order).contiguous()
+        return NEAREST, NO_KEY, None
+    return EXPLICIT, NO_KEY, noise.to(torch.float32).permute(order).contiguous()
 
 
 def _pointer(value: torch.Tensor | None) -> int | None:
