@@ -17,6 +17,7 @@ import torch
 
 from gradbits.core.checks import check_choice
 from gradbits.core.errors import FallbackError
+from gradbits.kernels.activations import activate
 
 BACKENDS = (
     "gradbits.kernels.native",
@@ -73,7 +74,7 @@ class Kernel:
 class Epilogue:
     r"""What follows the exact integer sum, the same for every backend.
 
-    .. math:: y = \mathrm{fl}_{32}(\textstyle\sum q_a q_b)\cdot s + t_1 + t_2 + \dots + b
+    .. math:: y = f\big(\mathrm{fl}_{32}(\textstyle\sum q_a q_b)\cdot s + t_1 + t_2 + \dots + b\big)
 
     Every operation rounds once to float32, in this order; the cast to ``dtype`` is last.
 
@@ -82,12 +83,14 @@ class Epilogue:
         terms: what the zero points add, each broadcastable to the output.
         bias: broadcastable to the output, or None.
         dtype: dtype of the result.
+        activation: ``f``, one of ``gradbits.kernels.activations.ACTIVATIONS``; the empty one is none.
     """
 
     scale: torch.Tensor
     terms: tuple[torch.Tensor, ...] = ()
     bias: torch.Tensor | None = None
     dtype: torch.dtype = torch.float32
+    activation: str = ""
 
     def apply_(self, total: torch.Tensor) -> torch.Tensor:
         """Return the output for the exact integer ``total`` (any dtype that holds it); may reuse its memory."""
@@ -97,7 +100,7 @@ class Epilogue:
             y += term
         if self.bias is not None:
             y += self.bias.to(torch.float32)
-        return y.to(self.dtype)
+        return activate(y, self.activation).to(self.dtype)
 
 
 @lru_cache(maxsize=1)

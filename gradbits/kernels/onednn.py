@@ -68,9 +68,10 @@ def _conv(x: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry, epilogue: Ep
 
 
 def _fuses(epilogue: Epilogue) -> bool:
-    """Whether the kernel's own epilogue gives the same bits: one scale, or one per output channel, and no terms."""
+    """Whether the kernel's own epilogue gives the same bits: one scale, or one per output channel, and nothing more."""
     channels_only = all(n == 1 for axis, n in enumerate(epilogue.scale.shape) if axis != 1)
-    return channels_only and not epilogue.terms and epilogue.dtype == torch.float32
+    more = epilogue.terms or epilogue.activation or epilogue.dtype != torch.float32
+    return channels_only and not more
 
 
 def _as_2d(geometry: ConvGeometry) -> ConvGeometry:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from gradbits.core.errors import ScaleAxisError
 from gradbits.core.grain import Grain, PerChannel
 from gradbits.core.qtensor import QTensor, Rotation
+from gradbits.kernels.activations import activate
 from gradbits.kernels.dispatch import Epilogue, Kernel, Request, choose, run
 from gradbits.kernels.sums import MOST
 from gradbits.nn.headroom import beyond_float32, turned_back, wide
@@ -111,6 +112,7 @@ class Bilinear:
         dtype: torch.dtype = torch.float32,
         compute: str = "auto",
         keep: tuple[str, ...] = (),
+        activation: str = "",
     ) -> torch.Tensor:
         r"""Return an integer product as floats.
 
@@ -125,12 +127,13 @@ class Bilinear:
             dtype: of the result.
             compute: ``"integer"``, ``"simulate"`` or ``"auto"``; the result is the same, bit for bit.
             keep: operands whose rotation is left in the result.
+            activation: applied last, before the cast; one of ``gradbits.kernels.activations.ACTIVATIONS``.
 
         Raises:
             ScaleAxisError: one operand alone is rotated along the contracted axis.
         """
         if _is_simple(a) and _is_simple(b):
-            return self._digits_product(product, a, b, bias, dtype, compute)
+            return self._digits_product(product, a, b, bias, dtype, compute, activation)
         sums, turned = [], self._rotations(product, a, b, keep)
         simple = a.rest is None and b.rest is None and not turned
         added = not simple or a.zero_value() is not None or b.zero_value() is not None
@@ -142,8 +145,8 @@ class Bilinear:
                 if huge:
                     sums.append(self._wide_product(product, x, y, compute))
                 else:
-                    last = (bias, dtype) if simple else (None, torch.float32)
-                    sums.append(self._digits_product(product, x, y, *last, compute))
+                    last = (bias, dtype, activation) if simple else (None, torch.float32, "")
+                    sums.append(self._digits_product(product, x, y, *last[:2], compute, last[2]))
         if simple:
             return sums[0]
         total = sums[0]
@@ -153,10 +156,17 @@ class Bilinear:
             total = turned_back(rotation, total) if huge else rotation.inverse(total)
         if bias is not None:
             total = total + self.bias_for_output(bias, total.dim()).float()
-        return total.to(dtype)
+        return activate(total, activation).to(dtype)
 
     def _digits_product(
-        self, product: str, a: QTensor, b: QTensor, bias: torch.Tensor | None, dtype: torch.dtype, compute: str
+        self,
+        product: str,
+        a: QTensor,
+        b: QTensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        compute: str,
+        activation: str,
     ) -> torch.Tensor:
         """Return the product of one digit of each operand."""
         roles = OPERANDS[product]
@@ -166,7 +176,7 @@ class Bilinear:
         scale_b = self.to_output(product, roles[1], b.scale)
         terms = self._zero_terms(kernel, product, a, b, scale_a, scale_b)
         shaped = None if bias is None else self.bias_for_output(bias, a.codes.dim())
-        epilogue = Epilogue(_times(scale_a, scale_b), terms, shaped, dtype)
+        epilogue = Epilogue(_times(scale_a, scale_b), terms, shaped, dtype, activation)
         return self.call(kernel, product, a.codes, b.codes, epilogue)
 
     def _wide_product(self, product: str, a: QTensor, b: QTensor, compute: str) -> torch.Tensor:

@@ -51,6 +51,7 @@ class Call:
         name: the layer's name, for messages.
         dtype: dtype of the output.
         learned: (role, name) of each learned entry of the forward operands' states, in the order of the parameters.
+        activation: what the kernel of ``output`` applies last; only where no gradient will be wanted.
     """
 
     products: Bilinear
@@ -64,6 +65,7 @@ class Call:
     name: str
     dtype: torch.dtype
     learned: tuple[tuple[str, str], ...] = ()
+    activation: str = ""
 
     def quantizer(self, product: str, role: str) -> Quantizer:
         """Return the quantizer of an operand, in this layer's own layout."""

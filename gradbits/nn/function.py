@@ -12,6 +12,7 @@ import torch
 from gradbits.core.errors import DoubleBackwardError, UnsupportedError
 from gradbits.core.packing import packed_width
 from gradbits.core.qtensor import QTensor
+from gradbits.kernels.activations import activate
 from gradbits.nn.call import ON_NONFINITE, Call, quantizer_of, without_autocast
 from gradbits.nn.passage import Passage
 from gradbits.nn.sampling import sampled_product
@@ -54,11 +55,14 @@ class QuantizedProduct(torch.autograd.Function):
             qx, qw = used["input"], used["weight"]
             assert isinstance(qx, QTensor)
             assert isinstance(qw, QTensor)
-            y = products.product("output", qx, qw, bias=bias, dtype=call.dtype, compute=call.compute)
+            y = products.product(
+                "output", qx, qw, bias=bias, dtype=call.dtype, compute=call.compute, activation=call.activation
+            )
         else:
             y = products.in_float("output", x.to(call.dtype), weight.to(call.dtype))
             if bias is not None:
                 y = y + products.bias_for_output(bias.to(call.dtype), y.dim())
+            y = activate(y, call.activation)
         needs = dict(zip(values, ctx.needs_input_grad[:2], strict=True))
         for (role, _), needed in zip(call.learned, ctx.needs_input_grad[4:], strict=True):
             needs[role] = needs[role] or needed

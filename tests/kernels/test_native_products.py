@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradbits.kernels import simulate
+from gradbits.kernels.activations import ACTIVATIONS
 from gradbits.kernels.dispatch import Epilogue, Request, choose
 from gradbits.kernels.geometry import ConvGeometry
 from gradbits.kernels.native import products as native
@@ -32,7 +33,8 @@ def epilogue(draw, shape):
         return torch.randn([n if draw(st.booleans()) else 1 for n in shape], generator=generator)
 
     terms = tuple(operand() for _ in range(draw(st.integers(0, 3))))
-    return Epilogue(operand(), terms, operand() if draw(st.booleans()) else None, draw(DTYPES))
+    bias = operand() if draw(st.booleans()) else None
+    return Epilogue(operand(), terms, bias, draw(DTYPES), draw(st.sampled_from(ACTIVATIONS)))
 
 
 def check(got, want):

@@ -128,3 +128,60 @@ def test_the_report_says_what_was_fused(however_few):
     model(torch.randn(2, 4))
     assert gb.report(model).fused == ("1",)
     assert "computed in one pass: 1" in str(gb.report(model))
+
+
+def relu_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    conv = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(inplace=True), nn.Flatten())
+    return nn.Sequential(*conv, nn.Linear(16 * 16, 32), nn.ReLU(), nn.Linear(32, 4))
+
+
+@pytest.mark.parametrize("recipe", ["int8_dynamic", "statquant_bhq", "int4_transformer", "lsq"])
+def test_a_relu_behind_a_quantized_layer_is_its_own_in_inference(recipe):
+    """Equal bits with and without, in training mode too; rotated, digit-split and zero-pointed products included."""
+    plain = relu_net()
+    gb.quantize_(plain, gb.recipe(recipe).with_overrides({"keep_float": ()}))
+    x = torch.randn(4, 3, 8, 8)
+    plain(x)  # settles what a first batch settles
+    joined = copy.deepcopy(plain)
+    gb.fuse_(joined)
+    for mode in (False, True):
+        for model in (plain, joined):
+            model.train(mode)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            want = plain(x)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            assert torch.equal(joined(x), want)
+    torch.manual_seed(2)
+    plain(x).square().sum().backward()
+    torch.manual_seed(2)
+    joined(x).square().sum().backward()
+    for a, b in zip(plain.parameters(), joined.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_the_kernel_applies_it_and_nothing_twice(monkeypatch):
+    model = relu_net()
+    gb.quantize_(model, "int8_dynamic")
+    assert gb.fuse_(model) == ()
+    calls = []
+    original = F.relu
+    monkeypatch.setattr(F, "relu", lambda *a, **k: calls.append(1) or original(*a, **k))
+    x = torch.randn(4, 3, 8, 8)
+    with torch.inference_mode():
+        want = model(x)
+    assert calls == []
+    seen = []
+    hook = model[2].register_forward_hook(lambda m, args, y: seen.append(float(y.min())))
+    with torch.no_grad():
+        assert torch.equal(model(x), want)
+    hook.remove()
+    assert seen[0] < 0.0  # a hook sees what the layer itself gives
+    assert len(calls) == 1
+    gb.dequantize_(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), want, rtol=0.1, atol=0.1)
+    unfuse_(model)
+    assert type(model[1]) is nn.ReLU

@@ -1,4 +1,5 @@
-// Exact sums to floats: fl(sum) * scale + terms, one rounding per operation, then the cast, then to where they belong.
+// Exact sums to floats: fl(sum) * scale + terms, one rounding per operation, then the activation and the cast, then to
+// where they belong.
 
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Words __attribute__((vector_size(64)));
@@ -144,10 +145,35 @@ static void put_turned(const ProductArgs* p, const Floats* y, int rows, const Wh
     }
 }
 
+GB_INLINE Floats choose(Words mask, Floats yes, Floats no) {
+    return (Floats)((mask & (Words)yes) | (~mask & (Words)no));
+}
+
+// One half plus GELU's curve, every operation rounded once in the order that gelu.py gives.
+GB_INLINE Floats share_of(Floats x, const float* top, float end) {
+    const float* bottom = top + GB_GELU_TOP;
+    const Floats none = {}, low = none - end, high = none + end;
+    Floats v = choose(x < low, low, x);  // NaN stays
+    v = choose(v > high, high, v);
+    Floats t = v * v, a = none + top[GB_GELU_TOP - 1], b = none + bottom[GB_GELU_BOTTOM - 1];
+    GB_UNROLL for (int k = GB_GELU_TOP - 2; k >= 0; k--) a = a * t + top[k];
+    GB_UNROLL for (int k = GB_GELU_BOTTOM - 2; k >= 0; k--) b = b * t + bottom[k];
+    Floats c = v * a / b;
+    c = choose(x <= low, none - 0.5f, c);
+    c = choose(x >= high, none + 0.5f, c);
+    return 0.5f + c;
+}
+
+GB_INLINE Floats activated(const Epilogue* e, Floats y) {
+    if (e->activation == GB_NO_ACTIVATION) return y;
+    if (e->activation == GB_RELU) return choose(y <= (Floats){}, (Floats){}, y);
+    return y * share_of(y, e->curve, e->end);
+}
+
 GB_INLINE Floats finished(const ProductArgs* p, Floats y, Floats scale, const Floats* term) {
     y *= scale;
     for (int t = 0; t < p->epilogue.count; t++) y += term[t];
-    return y;
+    return activated(&p->epilogue, y);
 }
 
 // Up to 16 channels of scale and terms.
@@ -182,6 +208,8 @@ static void finish_whole(const ProductArgs* p, const S* sums, int64_t pitch, int
         GB_UNROLL for (int v = 0; v < V; v++) y[v] = floats_of(sums + v * 16) * scale[v];
         for (int t = 0; t < count; t++)
             GB_UNROLL for (int v = 0; v < V; v++) y[v] += term[v][t];
+        if (p->epilogue.activation)
+            for (int v = 0; v < V; v++) y[v] = activated(&p->epilogue, y[v]);
         GB_UNROLL for (int v = 0; v < V; v++) put_whole(at + v * 16, y[v], past);
     }
 }

@@ -49,10 +49,15 @@ struct Operand {
 
 enum { GB_TERMS = 6 };
 
-// y = float(sum) * scale + terms[0] + terms[1] + ..., every operation rounded once.
+enum { GB_NO_ACTIVATION = 0, GB_RELU = 1, GB_GELU = 2 };  // 3 is a GELU too: the curve makes the difference
+enum { GB_GELU_TOP = 7, GB_GELU_BOTTOM = 6 };              // coefficients of its curve, numerator and denominator
+
+// y = float(sum) * scale + terms[0] + terms[1] + ..., every operation rounded once; then the activation.
 struct Epilogue {
     Operand scale, terms[GB_TERMS];
-    int32_t count, dtype;  // terms in use; dtype of the result
+    int32_t count, dtype, activation;  // terms in use; dtype of the result
+    float end;                         // of the curve
+    const float* curve;
 };
 
 // Sums over patches of x [samples, channels, 3 axes]; a matrix product has one sample and one tap. At most 131071 terms
@@ -118,8 +123,6 @@ struct NormArgs {
     float eps;
     int32_t of_batch, dtype, backward, threads;
 };
-
-enum { GB_GELU_TOP = 7, GB_GELU_BOTTOM = 6 };  // coefficients of its curve, numerator and denominator
 
 // GELU of `total` values, or the gradient of x where g is given.
 struct GeluArgs {

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
+from gradbits.kernels.activations import ACTIVATIONS, GELU
 from gradbits.kernels.dispatch import Epilogue
+from gradbits.kernels.gelu import CURVES
 from gradbits.kernels.native.library import Library
 
 TERMS = 6
@@ -34,6 +36,9 @@ class EpilogueArgs(ctypes.Structure):
         ("terms", Operand * TERMS),
         ("count", ctypes.c_int32),
         ("dtype", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
+        ("end", ctypes.c_float),
+        ("curve", ctypes.POINTER(ctypes.c_float)),
     ]
 
 
@@ -129,6 +134,12 @@ class Result:
         for operand, term in zip(e.terms, terms, strict=False):
             self._set(operand, term)
         e.count, e.dtype = len(terms), 1 if out.dtype == torch.bfloat16 else 0
+        if self.epilogue.activation:
+            e.activation = ACTIVATIONS.index(self.epilogue.activation)
+            if self.epilogue.activation in GELU:
+                curve = CURVES[GELU[self.epilogue.activation]][0]
+                numbers = (*curve.top, *curve.bottom)
+                e.end, e.curve = curve.end, (ctypes.c_float * len(numbers))(*numbers)
         args.threads = lib.threads
 
     def _set(self, operand: Operand, value: torch.Tensor) -> None:

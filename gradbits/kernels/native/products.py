@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -88,7 +88,7 @@ def _batched(epilogue: Epilogue, flat: tuple[int, ...], full: tuple[int, ...]) -
         return t.reshape(()) if t.numel() == 1 else t.expand(full).reshape(flat)
 
     bias = None if epilogue.bias is None else turn(epilogue.bias)
-    return Epilogue(turn(epilogue.scale), tuple(turn(t) for t in epilogue.terms), bias, epilogue.dtype)
+    return replace(epilogue, scale=turn(epilogue.scale), terms=tuple(turn(t) for t in epilogue.terms), bias=bias)
 
 
 def _conv_args(x: torch.Tensor, g: ConvGeometry, groups: int, channels: int) -> ProductArgs:
