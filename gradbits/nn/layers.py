@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gradbits.core.errors import ArgumentError
-from gradbits.nn.bilinear import Bilinear, LinearProducts, MatmulProducts
+from gradbits.nn.bilinear import Bilinear
 from gradbits.nn.compiled import call
 from gradbits.nn.convolutions import (
     QuantizedConv1d,
@@ -19,6 +19,7 @@ from gradbits.nn.convolutions import (
     QuantizedConvTranspose3d,
 )
 from gradbits.nn.matmul import Matmul
+from gradbits.nn.matrix_products import LinearProducts, MatmulProducts
 from gradbits.nn.quantized import Quantized, check_size
 from gradbits.nn.refuse import refuse_transforms
 

@@ -15,7 +15,7 @@ import torch
 
 from gradbits.core.grain import PerChannel, PerTensor
 from gradbits.core.qtensor import QTensor
-from gradbits.nn.bilinear import LinearProducts
+from gradbits.nn.matrix_products import LinearProducts
 from gradbits.nn.sampling import add_groups, add_rows
 from gradbits.quantizers.bit_split import BitSplit
 from gradbits.quantizers.grids import Affine, TwosComplement

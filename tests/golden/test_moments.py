@@ -14,7 +14,7 @@ import torch
 
 from gradbits.core.grain import PerTensor
 from gradbits.core.qtensor import QTensor
-from gradbits.nn.bilinear import LinearProducts
+from gradbits.nn.matrix_products import LinearProducts
 from gradbits.nn.sampling import add_rows
 from gradbits.quantizers.bit_split import BitSplit
 from gradbits.quantizers.grids import Affine, TwosComplement

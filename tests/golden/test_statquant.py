@@ -16,7 +16,7 @@ import torch
 from gradbits.core.grain import PerChannel, PerRow, PerTensor
 from gradbits.core.qtensor import QTensor
 from gradbits.kernels.quantize import quantize
-from gradbits.nn.bilinear import LinearProducts
+from gradbits.nn.matrix_products import LinearProducts
 from gradbits.quantizers.grids import Affine, GridValues
 from gradbits.quantizers.householder import Householder, HouseholderBlocks, form_blocks, reflections
 from gradbits.quantizers.quantizer import Quantizer

@@ -13,6 +13,7 @@ from gradbits.kernels import simulate
 from gradbits.kernels.activations import ACTIVATIONS
 from gradbits.kernels.dispatch import Epilogue, Request, choose
 from gradbits.kernels.geometry import ConvGeometry
+from gradbits.kernels.native import convolutions
 from gradbits.kernels.native import products as native
 
 SIZES = st.sampled_from([0, 1, 2, 3, 5, 15, 16, 17, 24, 25, 33, 47, 48, 49, 65, 100, 129])
@@ -121,11 +122,11 @@ def test_convolutions(native_level, data):
     if g.spatial == 2 and draw(st.booleans()):
         x, w, grad = (t.to(memory_format=torch.channels_last) for t in (x, w, grad))
     e = epilogue(draw, grad.shape)
-    check(native.conv_output(x, w, g, e), simulate.conv_output(x, w, g, e))
+    check(convolutions.conv_output(x, w, g, e), simulate.conv_output(x, w, g, e))
     e = epilogue(draw, x.shape)
-    check(native.conv_grad_input(grad, w, g, e), simulate.conv_grad_input(grad, w, g, e))
+    check(convolutions.conv_grad_input(grad, w, g, e), simulate.conv_grad_input(grad, w, g, e))
     e = epilogue(draw, w.shape)
-    check(native.conv_grad_weight(grad, x, g, e), simulate.conv_grad_weight(grad, x, g, e))
+    check(convolutions.conv_grad_weight(grad, x, g, e), simulate.conv_grad_weight(grad, x, g, e))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -140,9 +141,9 @@ def test_large_convolutions_for_any_number_of_threads(native_level, threads):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        check(native.conv_output(x, w, g, e), simulate.conv_output(x, w, g, e))
-        check(native.conv_grad_input(grad, w, g, e), simulate.conv_grad_input(grad, w, g, e))
-        check(native.conv_grad_weight(grad, x, g, e), simulate.conv_grad_weight(grad, x, g, e))
+        check(convolutions.conv_output(x, w, g, e), simulate.conv_output(x, w, g, e))
+        check(convolutions.conv_grad_input(grad, w, g, e), simulate.conv_grad_input(grad, w, g, e))
+        check(convolutions.conv_grad_weight(grad, x, g, e), simulate.conv_grad_weight(grad, x, g, e))
     finally:
         torch.set_num_threads(before)
 
@@ -168,11 +169,11 @@ def test_depthwise_convolutions(native_level, data):
     grad = codes(draw, n, channels, *g.output_size)
     x, grad = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, grad))
     e = epilogue(draw, grad.shape)
-    check(native.conv_output(x, w, g, e), simulate.conv_output(x, w, g, e))
+    check(convolutions.conv_output(x, w, g, e), simulate.conv_output(x, w, g, e))
     e = epilogue(draw, x.shape)
-    check(native.conv_grad_input(grad, w, g, e), simulate.conv_grad_input(grad, w, g, e))
+    check(convolutions.conv_grad_input(grad, w, g, e), simulate.conv_grad_input(grad, w, g, e))
     e = epilogue(draw, w.shape)
-    check(native.conv_grad_weight(grad, x, g, e), simulate.conv_grad_weight(grad, x, g, e))
+    check(convolutions.conv_grad_weight(grad, x, g, e), simulate.conv_grad_weight(grad, x, g, e))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -184,6 +185,6 @@ def test_depthwise_sums_beyond_32_bits(native_level, threads):
     try:
         torch.set_num_threads(threads)
         for e in (Epilogue(torch.tensor(1.0)), Epilogue(torch.rand(16, 1, 1), (), None, torch.bfloat16)):
-            check(native.conv_grad_weight(x, x, g, e), simulate.conv_grad_weight(x, x, g, e))
+            check(convolutions.conv_grad_weight(x, x, g, e), simulate.conv_grad_weight(x, x, g, e))
     finally:
         torch.set_num_threads(before)

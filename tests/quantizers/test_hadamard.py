@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.linalg import hadamard as sylvester
 
 from gradbits.core.errors import ArgumentError
-from gradbits.nn.bilinear import LinearProducts
+from gradbits.nn.matrix_products import LinearProducts
 from gradbits.quantizers.grids import TwosComplement
 from gradbits.quantizers.hadamard import Hadamard, HadamardBlocks, hadamard, sizes_of
 from gradbits.quantizers.lsq import MeanStep

@@ -14,7 +14,7 @@ from torch import nn
 import gradbits as gb
 from gradbits.core.errors import ArgumentError, ScaleAxisError
 from gradbits.core.qtensor import QTensor
-from gradbits.nn.bilinear import LinearProducts
+from gradbits.nn.matrix_products import LinearProducts
 from gradbits.nn.sampling import sampled_product
 from gradbits.quantizers.hadamard import Hadamard, HadamardBlocks
 from gradbits.quantizers.householder import Householder

@@ -12,7 +12,7 @@ from torch import nn
 
 import gradbits as gb
 from gradbits.core.errors import ArgumentError, NothingToQuantizeError, ScaleAxisError
-from gradbits.nn.bilinear import LinearProducts
+from gradbits.nn.matrix_products import LinearProducts
 from gradbits.quantizers.householder import Householder
 from gradbits.quantizers.quantizer import Quantizer
 from gradbits.recipes.recipe import GradWeight, Recipe

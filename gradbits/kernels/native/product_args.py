@@ -95,6 +95,16 @@ def plain_args() -> ProductArgs:
     return ProductArgs(groups=1, size=one, count=one, taps=one, stride=one, padding=zero, dilation=one)
 
 
+def fits(epilogue: Epilogue) -> bool:
+    """Return whether the library has room for all terms of an epilogue."""
+    return len(epilogue.terms) + (epilogue.bias is not None) <= TERMS
+
+
+def stored_dtype(epilogue: Epilogue) -> torch.dtype:
+    """Return the dtype that the library writes; other ones are cast from it."""
+    return torch.bfloat16 if epilogue.dtype == torch.bfloat16 else torch.float32
+
+
 class Result:
     """The tensor that a product writes, and its epilogue in the terms of native.h.
 
