@@ -55,7 +55,7 @@ def run(name: str, ranks: int, arguments: argparse.Namespace, base: Path) -> lis
         if done.returncode:
             sys.exit(done.returncode)
     records: list[dict[str, Any]] = json.loads((folder / "results.json").read_text())
-    return [{"method": name, **record} for record in records]
+    return [{"method": name, **record, "command": record["command"].partition(" --out ")[0]} for record in records]
 
 
 def table(records: list[dict[str, Any]]) -> str:
