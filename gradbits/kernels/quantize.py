@@ -102,7 +102,7 @@ def quantize_symmetric(
         x: floating-point values of any shape, not empty.
         largest: the highest code.
         noise: as for ``quantize``.
-        found: float32 [3], receives s, -c and c; s is NaN where ``x`` is not finite.
+        found: float32 of three elements, receives s, -c and c; s is NaN where ``x`` is not finite.
         width: float32 c of one element, where it is known.
 
     >>> found = torch.empty(3)
@@ -114,7 +114,7 @@ def quantize_symmetric(
         width = torch.maximum(-low, high)
     width = width.reshape(())
     scale, inverse = place_step(width, largest)
-    torch.stack([scale, -width, width], out=found)
+    torch.stack([scale, -width, width], out=found.view(3))
     return quantize(x, CodeMap(inverse, -largest, largest), noise)
 
 

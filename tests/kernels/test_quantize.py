@@ -149,3 +149,12 @@ def test_the_input_is_left_alone():
     before = x.clone()
     quantize(x, CodeMap(torch.ones(1, 1), -7, 7, shift=torch.ones(1, 1)), NoiseKey.of(0))
     assert torch.equal(x, before)
+
+
+def test_both_backends_fill_what_quantizers_pass():
+    """A scale, its range and the codes, for values of any number of axes."""
+    for backend in [k for k in kernel_table()["quantize_symmetric"] if k.why_not(Request("cpu")) is None]:
+        found = torch.empty(3, 1, 1)
+        codes = backend.run(torch.tensor([[-14.0, 3.1]]), 7, None, found, None)
+        assert codes.tolist() == [[-7, 2]], backend.backend
+        assert found.flatten().tolist() == [2.0, -14.0, 14.0]
