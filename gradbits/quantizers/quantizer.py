@@ -16,6 +16,7 @@ from gradbits.kernels.dispatch import Request, run
 from gradbits.kernels.quantize import CodeMap, Noise
 from gradbits.quantizers.estimators import STE, StraightThrough
 from gradbits.quantizers.grids import Grid, GridValues, Symmetric
+from gradbits.quantizers.known import alias
 from gradbits.quantizers.ranges import AbsMax, RangeRule, State
 from gradbits.quantizers.rotation import RotationRule
 
@@ -124,7 +125,7 @@ class Quantizer(Spec):
                 raise ArgumentError(f"state=None: {type(what).__name__} remembers; pass init_state()")
             state = {}
         shape, dtype = x.shape, x.dtype
-        x = x.detach() if x.requires_grad else x  # what was noted on it stays with it
+        x = alias(x) if x.requires_grad else x
         grouped = tokens > 1 and self.rows == "sample" and self._goes_by_rows and x.dim() > 1
         if grouped:
             x = x.reshape(shape[0] // tokens, tokens, *shape[1:]).flatten(1)

@@ -22,6 +22,15 @@ def test_a_noted_range_gives_the_same_codes():
     assert torch.equal(q.quantize(x).scale, q.quantize(x.clone()).scale)
 
 
+def test_a_range_noted_on_what_has_gradients_is_used():
+    """Twice the width stands for a noted one: looking again would find another scale."""
+    x, q = torch.randn(6, 8, requires_grad=True), Quantizer(grid=Symmetric(bits=8))
+    y = x * 1.0
+    note_width(y, 2.0 * y.detach().abs().max())
+    for seen in (y, y.view(48)):
+        assert torch.equal(q.quantize(seen).scale.reshape(()), 2.0 * q.quantize(x).scale.reshape(()))
+
+
 def test_what_rotates_looks_for_its_own_range():
     rule = recipe("int4_transformer").output.weight.rotation
     assert rule is not None
