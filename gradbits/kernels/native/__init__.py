@@ -1,7 +1,7 @@
 """The native backend: kernels in C++ for the processor, compiled at install where a compiler is found.
 
 The environment variable ``GRADBITS_NATIVE`` is read when the first kernel is chosen: ``0`` switches the backend off,
-``portable``, ``avx2`` or ``avx512`` hold it to an instruction set.
+``portable``, ``avx2``, ``avx512`` or ``amx`` hold it to an instruction set.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// The kernels for processors with AVX-512 and its int8 dot products (VNNI).
+// The kernels for processors with AVX-512 and its int8 dot products (VNNI), and for those that have a matrix unit (AMX) too.
 #include "native.h"
 #include "isa.h"
 
@@ -9,8 +9,16 @@ GB_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,prefer-vec
 #include "bodies.inl"
 GB_END
 #undef GB_VNNI
-const Kernels gb_avx512 = {"avx512_vnni", avx512::quantize, avx512::range, avx512::symmetric, avx512::rows, avx512::columns, avx512::finish_sums, avx512::depth_rows, avx512::depth_columns,
-                            avx512::pack, avx512::unpack, avx512::sums, avx512::norm, avx512::gelu, avx512::column_sums, avx512::digest};
+#define GB_TABLE(name, rows, columns)                                                                                 \
+    {name, avx512::quantize, avx512::range, avx512::symmetric, avx512::rows, avx512::columns, avx512::finish_sums,    \
+     avx512::depth_rows, avx512::depth_columns, avx512::pack, avx512::unpack, avx512::sums, avx512::norm, avx512::gelu, \
+     avx512::column_sums, avx512::digest}
+const Kernels gb_avx512 = GB_TABLE("avx512_vnni", rows, columns);
+#if GB_AMX
+const Kernels gb_amx = GB_TABLE("avx512_amx", amx_rows, amx_columns);
 #else
-const Kernels gb_avx512 = {};
+const Kernels gb_amx = {};
+#endif
+#else
+const Kernels gb_avx512 = {}, gb_amx = {};
 #endif

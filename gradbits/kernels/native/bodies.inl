@@ -16,6 +16,11 @@ namespace {
 #include "depth_columns.inl"
 #include "rows.inl"
 #include "columns.inl"
+#if GB_AMX && defined(GB_VNNI)
+#include "amx_tile.inl"
+#include "amx_rows.inl"
+#include "amx_columns.inl"
+#endif
 #include "pack.inl"
 #include "sums.inl"
 #include "norm_lanes.inl"

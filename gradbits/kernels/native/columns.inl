@@ -3,12 +3,28 @@
 
 static const int64_t MOST_COLUMNS = 512;      // output channels whose sums are held at once, and
 static const int64_t MOST_SUMS = 512 << 10;   // sums
-static const int64_t WORDS = 256;             // of a block
 static const int64_t NEAR = 64;               // positions, a multiple of G
 static const int64_t INT32_TERMS = 131071;    // products of two codes whose sum surely fits in int32
 
+struct ColumnsJob;
+struct ColumnsSpace;
+
+// How the products are computed: what lays out a block and multiplies it.
+struct ColumnsWay {
+    int64_t words;  // of a block
+    int64_t rows;   // sums have a multiple of so many, and
+    int64_t unit;   // a task too, where there are several
+    int64_t past;   // room for words of `b` that are read behind the last, and
+    int64_t tiles;  // for words of `a` that are laid out once more, in units of `rows`
+    Flip flip;      // how `b` travels
+    void (*multiply)(const ColumnsJob*, ColumnsSpace*, const Block*, int64_t rows, int64_t width, bool add);
+    void (*enter)();  // what every thread does first, and last
+    void (*leave)();
+};
+
 struct ColumnsJob {
     const ProductArgs* p;
+    const ColumnsWay* way;
     Blocks blocks;
     int64_t taps, copies, words;                    // taps; those of axes 0 and 2; words of a line
     int64_t rows_each, channels_each;               // output and input channels of a task
@@ -19,7 +35,7 @@ struct ColumnsJob {
 };
 
 struct ColumnsSpace {
-    uint32_t *a, *b;
+    uint32_t *a, *b, *tiles;
     int32_t *sums, *start, *place;
 };
 
@@ -57,40 +73,53 @@ static void lay_patches(const ColumnsJob* job, const Block* k, int64_t group, in
                             int64_t n = least(k->n2 - c, NEAR);
                             if (there)
                                 weave(from + panel * p->x_channel + c * code, p->x_channel, code, least(width - panel, 16), n,
-                                      first - c, last - c, to, 16, FLIP);
+                                      first - c, last - c, to, 16, job->way->flip);
                             else
-                                weave_zeros(to, parts_of(n, G) * 16, FLIP);
+                                weave_zeros(to, parts_of(n, G) * 16, job->way->flip);
                         }
             }
         }
 }
 
-static void columns_block(const ColumnsJob* job, ColumnsSpace* s, const Block* k, int64_t group, int64_t row, int64_t rows,
-                          int64_t channel, int64_t width, bool add) {
-    const ProductArgs* p = job->p;
+// Words of a line, a copy and a panel of the laid out input, and of all positions of a block.
+struct Patches {
+    int64_t line, copy, panel, words;
+};
+
+GB_INLINE Patches patches_of(const ColumnsJob* job, const Block* k) {
     const Blocks* b = &job->blocks;
+    const int64_t words = k->samples * parts_of(k->n2, G), copy = b->planes * b->slots * words * 16;
+    return {words * 16, copy, job->copies * copy, k->n1 * words};
+}
+
+// Where the first panel of a tap begins.
+GB_INLINE int64_t patch_at(const ColumnsJob* job, const Patches* f, int64_t t) {
+    const ProductArgs* p = job->p;
+    const int64_t t2 = t % p->taps[2], t1 = t / p->taps[2] % p->taps[1], t0 = t / p->taps[2] / p->taps[1];
+    return (t0 * p->taps[2] + t2) * f->copy + slot_of(p, &job->blocks, t1) * f->line;
+}
+
+static void multiply_columns(const ColumnsJob* job, ColumnsSpace* s, const Block* k, int64_t rows, int64_t width, bool add) {
+    const Patches f = patches_of(job, k);
     const int64_t pitch = odd_lines(rows), panels = parts_of(width, 16), ldc = panels * 16;
-    const int64_t line = k->samples * parts_of(k->n2, G) * 16, copy = b->planes * b->slots * line, panel = job->copies * copy;
-    const int64_t words = k->n1 * k->samples * parts_of(k->n2, G);
-    lay_gradient(job, k, group, row, rows, s->a, pitch);
-    lay_patches(job, k, group, channel, width, s->b);
-    starts_of(s->a, pitch, words, (int)rows, s->start);
-    for (int64_t i = 0; i < words; i++) s->place[i] = (int32_t)(i * pitch);
+    starts_of(s->a, pitch, f.words, (int)rows, s->start);
+    for (int64_t i = 0; i < f.words; i++) s->place[i] = (int32_t)(i * pitch);
     for (int64_t t = 0; t < job->taps; t++) {
-        int64_t t2 = t % p->taps[2], t1 = t / p->taps[2] % p->taps[1], t0 = t / p->taps[2] / p->taps[1];
-        const uint32_t* from = s->b + (t0 * p->taps[2] + t2) * copy + slot_of(p, b, t1) * line;
+        const uint32_t* from = s->b + patch_at(job, &f, t);
         int32_t* sums = s->sums + t * rows * ldc;
         for (int64_t n = 0; n < panels;) {
             int wide = tile_width(panels - n), most = most_rows(wide);
             for (int64_t m = 0; m < rows; m += most) {
                 int height = (int)least(rows - m, most);
                 Tile run = add ? find_tile<true, true>(height, wide) : find_tile<true, false>(height, wide);
-                run(s->a + m, s->place, from + n * panel, panel, words, sums + m * ldc + n * 16, ldc, s->start + m);
+                run(s->a + m, s->place, from + n * f.panel, f.panel, f.words, sums + m * ldc + n * 16, ldc, s->start + m);
             }
             n += wide;
         }
     }
 }
+
+static const ColumnsWay VECTOR_SUMS = {256, 1, MOST_ROWS, 0, 0, FLIP, multiply_columns, nothing, nothing};
 
 static void columns_task(ColumnsJob* job, ColumnsSpace* s, int64_t task) {
     const ProductArgs* p = job->p;
@@ -99,17 +128,20 @@ static void columns_task(ColumnsJob* job, ColumnsSpace* s, int64_t task) {
     rest /= job->row_parts;
     int64_t channel = rest % job->channel_parts * job->channels_each, group = rest / job->channel_parts;
     int64_t rows = least(p->columns - row, job->rows_each), width = least(p->channels - channel, job->channels_each);
-    int64_t ldc = parts_of(width, 16) * 16, first = split * job->blocks_each;
+    int64_t ldc = parts_of(width, 16) * 16, first = split * job->blocks_each, pitch = odd_lines(rows);
+    int64_t tall = parts_of(rows, job->way->rows) * job->way->rows;
     int64_t last = least(first + job->blocks_each, job->blocks.all);
     for (int64_t i = first; i < last; i++) {
         const Block k = block_at(p, &job->blocks, i);
-        columns_block(job, s, &k, group, row, rows, channel, width, i > first);
+        lay_gradient(job, &k, group, row, rows, s->a, pitch);
+        lay_patches(job, &k, group, channel, width, s->b);
+        job->way->multiply(job, s, &k, rows, width, i > first);
     }
-    if (first >= last) __builtin_memset(s->sums, 0, sizeof(int32_t) * (size_t)(job->taps * rows * ldc));
+    if (first >= last) __builtin_memset(s->sums, 0, sizeof(int32_t) * (size_t)(job->taps * tall * ldc));
     if (job->total) hold(&job->lock);
     for (int64_t t = 0; t < job->taps; t++)
         for (int64_t m = 0; m < rows; m++) {
-            const int32_t* sums = s->sums + (t * rows + m) * ldc;
+            const int32_t* sums = s->sums + (t * tall + m) * ldc;
             if (job->total) {
                 int64_t* to = job->total + ((group * p->columns + row + m) * job->taps + t) * p->channels + channel;
                 for (int64_t j = 0; j < width; j++) to[j] += sums[j];
@@ -125,22 +157,25 @@ static void columns_body(void* data) {
     ColumnsJob* job = (ColumnsJob*)data;
     const Blocks* b = &job->blocks;
     const int64_t panels = parts_of(job->channels_each, 16), words = b->n1 * b->samples * job->words;
-    const int64_t a = words * odd_lines(job->rows_each) + 16;
-    const int64_t patches = panels * job->copies * b->planes * b->slots * b->samples * job->words * 16;
-    const int64_t sums = job->taps * job->rows_each * panels * 16;
-    uint32_t* memory = (uint32_t*)__builtin_malloc((size_t)(4 * (a + patches + sums + words + job->rows_each + 16)));
+    const int64_t a = words * odd_lines(job->rows_each) + 16, tall = parts_of(job->rows_each, job->way->rows) * job->way->rows;
+    const int64_t patches = panels * job->copies * b->planes * b->slots * b->samples * job->words * 16 + job->way->past;
+    const int64_t sums = job->taps * tall * panels * 16, tiles = job->way->tiles * tall * parts_of(words, 16) * 16;
+    char* memory = (char*)__builtin_malloc((size_t)(4 * (a + patches + sums + tiles + words + job->rows_each + 32)));
     if (!memory) {
         __atomic_store_n(&job->failed, 1, __ATOMIC_RELAXED);
         return;
     }
     ColumnsSpace s;
-    s.a = memory;
-    s.b = s.a + a;
-    s.sums = (int32_t*)(s.b + patches);
-    s.place = s.sums + sums;
+    s.b = (uint32_t*)(((uintptr_t)memory + 63) / 64 * 64);
+    s.tiles = s.b + patches;
+    s.sums = (int32_t*)(s.tiles + tiles);
+    s.a = (uint32_t*)s.sums + sums;
+    s.place = (int32_t*)s.a + a;
     s.start = s.place + words;
     __builtin_memset(s.a, 0, sizeof(uint32_t) * (size_t)a);
+    job->way->enter();
     for (int64_t task; (task = gb_take(&job->next)) < job->tasks;) columns_task(job, &s, task);
+    job->way->leave();
     flush();
     __builtin_free(memory);
 }
@@ -166,17 +201,18 @@ static int64_t share(int64_t all, int64_t most, int64_t unit) {
 static void size_columns(ColumnsJob* job) {
     const ProductArgs* p = job->p;
     Blocks* b = &job->blocks;
-    job->rows_each = share(p->columns, MOST_COLUMNS, p->columns > MOST_COLUMNS ? MOST_ROWS : 1);
+    const int64_t wanted_words = job->way->words;
+    job->rows_each = share(p->columns, MOST_COLUMNS, p->columns > MOST_COLUMNS ? job->way->unit : 1);
     int64_t most = MOST_SUMS / (job->rows_each * job->taps) / 16 * 16;
     job->channels_each = p->channels <= most ? p->channels : share(p->channels, most < 16 ? 16 : most, 16);
     job->row_parts = parts_of(p->columns, job->rows_each);
     job->channel_parts = parts_of(p->channels, job->channels_each);
     b->n1 = b->n2 = b->samples = b->slots = b->planes = job->words = 1;
     if (p->samples * volume(p->count) > 0) {
-        b->n2 = least(p->count[2], WORDS * G);
+        b->n2 = least(p->count[2], wanted_words * G);
         job->words = parts_of(b->n2, G);
-        b->n1 = least(p->count[1], parts_of(WORDS, job->words));
-        b->samples = parts_of(WORDS, job->words * b->n1);
+        b->n1 = least(p->count[1], parts_of(wanted_words, job->words));
+        b->samples = parts_of(wanted_words, job->words * b->n1);
         divide(p, b);
     }
     int64_t parts = p->groups * job->row_parts * job->channel_parts, wanted = p->threads > 1 ? 4 * p->threads : 1;
@@ -188,9 +224,10 @@ static void size_columns(ColumnsJob* job) {
     job->tasks = parts * job->splits;
 }
 
-static int columns(const ProductArgs* p) {
+static int columns_by(const ColumnsWay* way, const ProductArgs* p) {
     ColumnsJob job = {};
     job.p = p;
+    job.way = way;
     job.taps = volume(p->taps);
     job.copies = p->taps[0] * p->taps[2];
     const int64_t sums = p->groups * p->columns * job.taps * p->channels;
@@ -209,3 +246,5 @@ static int columns(const ProductArgs* p) {
     __builtin_free(job.total);
     return job.failed ? GB_NO_MEMORY : GB_OK;
 }
+
+static int columns(const ProductArgs* p) { return columns_by(&VECTOR_SUMS, p); }

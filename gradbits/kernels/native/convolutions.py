@@ -26,9 +26,7 @@ def _conv_args(x: torch.Tensor, g: ConvGeometry, groups: int, channels: int) -> 
 
 
 @lru_cache(maxsize=1024)
-def _patch_args(
-    shape: torch.Size, s: tuple[int, ...], g: ConvGeometry, groups: int, channels: int
-) -> ProductArgs:
+def _patch_args(shape: torch.Size, s: tuple[int, ...], g: ConvGeometry, groups: int, channels: int) -> ProductArgs:
     """Return the arguments that do not change from call to call, to be copied."""
     args = plain_args()
     args.samples, args.channels, args.groups = shape[0], channels, groups

@@ -15,6 +15,13 @@
 #define GB_X86 0
 #endif
 
+// The matrix unit: as far as the compiler knows it, and where the system can be asked for it.
+#if GB_X86 && defined(__x86_64__) && defined(__linux__) && __has_include(<amxint8intrin.h>)
+#define GB_AMX 1
+#else
+#define GB_AMX 0
+#endif
+
 #if !GB_X86
 #define GB_BEGIN(isa)
 #define GB_END

@@ -14,7 +14,7 @@ import torch
 from gradbits.core.errors import ArgumentError
 
 SWITCH = "GRADBITS_NATIVE"
-LEVELS = {"portable": 0, "avx2": 1, "avx512": 2}
+LEVELS = {"portable": 0, "avx2": 1, "avx512": 2, "amx": 3}
 HERE = Path(__file__).parent
 
 
@@ -24,7 +24,7 @@ class Library:
 
     Args:
         handle: the shared library.
-        level: 0 portable, 1 AVX2, 2 AVX-512 with VNNI.
+        level: 0 portable, 1 AVX2, 2 AVX-512 with VNNI, 3 AMX too.
         pooled: whether it shares PyTorch's threads; otherwise it runs on one.
     """
 

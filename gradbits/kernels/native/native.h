@@ -161,7 +161,7 @@ struct Kernels {
     int (*digest)(const DigestArgs*);
 };
 
-extern const Kernels gb_avx512, gb_avx2, gb_portable;
+extern const Kernels gb_amx, gb_avx512, gb_avx2, gb_portable;
 
 // Run `body(data)` on `threads` threads of the pool that PyTorch uses; bodies take their share from a counter.
 void gb_parallel(int threads, void (*body)(void*), void* data);

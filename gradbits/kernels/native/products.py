@@ -18,11 +18,11 @@ LARGE = 1 << 22  # sums of a matrix product that leave the caches
 def matmul(a: torch.Tensor, b: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
     """Return the product of codes ``a`` [..., M, K] and ``b`` [..., K, N]; leading axes are equal.
 
-    Measured: a single matrix is multiplied faster by ``torch._int_mm``, where that is exact, as long as the int32 sums
-    that it leaves for the epilogue stay in the caches.
+    Measured: without a matrix unit, a single matrix is multiplied faster by ``torch._int_mm``, where that is exact, as
+    long as the int32 sums that it leaves for the epilogue stay in the caches.
     """
     small = a.dim() == 2 and 0 < a.shape[0] * b.shape[1] < LARGE and 0 < a.shape[1] <= INT32_TERMS
-    if small and fits(epilogue) and reference.int_mm_is_exact("cpu"):
+    if small and library.loaded().level < library.LEVELS["amx"] and fits(epilogue) and reference.int_mm_is_exact("cpu"):
         return _finished(a, b, epilogue)
     return own_matmul(a, b, epilogue)
 

@@ -1,16 +1,31 @@
 // `output` and `grad_input`: w is laid out in panels once; then the input of a block of positions is laid out and
 // multiplied by all of them.
 
-static const int64_t ROOM = 384 << 10;        // bytes of a block's input, so that it stays in the second-level cache
 static const int64_t MOST_POSITIONS = 1024;  // of a block
+
+struct RowsJob;
+struct RowsSpace;
+
+// How the products are computed: the layout of the input, and what multiplies it.
+struct RowsWay {
+    int64_t room;  // bytes of a block's input, so that it stays in the second-level cache
+    int64_t unit;  // a line of a panel is a multiple of so many words
+    int64_t rows;  // of a tile
+    int64_t sums;  // room for those of a tile, and
+    int64_t past;  // for words that it reads behind the last row
+    void (*multiply)(const RowsJob*, RowsSpace*, const Block*, int64_t group, int64_t panel, int64_t last);
+    void (*enter)();  // what every thread does first, and last
+    void (*leave)();
+};
 
 struct RowsJob {
     const ProductArgs* p;
+    const RowsWay* way;
     Blocks blocks;
-    uint32_t* panels;  // [group][panel][word][16]
+    uint32_t* panels;  // [group][panel][tap 1][word of tap 0, tap 2][16]
     int32_t* start;    // [group][panel * 16]
-    int64_t channel_words, words, count;  // words of one tap, of all; panels of one group
-    int64_t copies;                       // taps that have an input of their own
+    int64_t channel_words, line_words, words, count;  // words of one tap, of a tap 1, of all; panels of one group
+    int64_t copies;                                   // taps that have an input of their own
     int64_t column_parts, panels_each, tasks, next;
     int how, failed;
 };
@@ -29,12 +44,14 @@ static void lay_body(void* data) {
         uint32_t* to = job->panels + task * job->words * 16;
         const int8_t* w = p->w + group * p->w_group + panel * 16 * p->w_column;
         int columns = (int)least(p->columns - panel * 16, 16);
-        for (int64_t i = 0; columns < 16 && i < job->words * 16; i++) to[i] = 0;
-        for (int64_t t0 = 0; t0 < p->taps[0]; t0++)
-            for (int64_t t1 = 0; t1 < p->taps[1]; t1++)
-                for (int64_t t2 = 0; t2 < p->taps[2]; t2++, to += job->channel_words * 16)
+        bool filled = columns == 16 && job->line_words == job->copies * job->channel_words;
+        for (int64_t i = 0; !filled && i < job->words * 16; i++) to[i] = 0;
+        for (int64_t t1 = 0; t1 < p->taps[1]; t1++)
+            for (int64_t t0 = 0; t0 < p->taps[0]; t0++)
+                for (int64_t t2 = 0; t2 < p->taps[2]; t2++)
                     weave(w + t0 * p->w_tap[0] + t1 * p->w_tap[1] + t2 * p->w_tap[2], p->w_column, p->w_channel, columns,
-                          p->channels, 0, p->channels, to, 16, PLAIN);
+                          p->channels, 0, p->channels,
+                          to + (t1 * job->line_words + (t0 * p->taps[2] + t2) * job->channel_words) * 16, 16, PLAIN);
         starts_of(job->panels + task * job->words * 16, 16, job->words, 16, job->start + task * 16);
     }
 }
@@ -67,30 +84,27 @@ static void lay_input(const RowsJob* job, const Block* k, int64_t group, uint32_
         }
 }
 
-static void rows_task(const RowsJob* job, RowsSpace* s, int64_t task) {
-    const ProductArgs* p = job->p;
-    const Blocks* b = &job->blocks;
-    int64_t part = task % job->column_parts, group = task / job->column_parts / b->all;
-    const Block k = block_at(p, b, task / job->column_parts % b->all);
-    const int64_t line = k.samples * k.n2, rows = k.n1 * line;
-    const int64_t pitch = (b->planes * b->slots * line + 15) / 32 * 32 + 16;  // an odd number of cache lines
-    lay_input(job, &k, group, s->a, pitch);
-    int32_t* place = s->place;
-    for (int64_t t0 = 0; t0 < p->taps[0]; t0++)
-        for (int64_t t1 = 0; t1 < p->taps[1]; t1++)
-            for (int64_t t2 = 0; t2 < p->taps[2]; t2++)
-                for (int64_t w = 0; w < job->channel_words; w++)
-                    *place++ = (int32_t)(((t0 * p->taps[2] + t2) * job->channel_words + w) * pitch + slot_of(p, b, t1) * line);
-    Where* where = s->where;
-    for (int64_t i1 = k.at1; i1 < k.at1 + k.n1; i1++)
-        for (int64_t sample = k.sample; sample < k.sample + k.samples; sample++)
-            for (int64_t i2 = k.at2; i2 < k.at2 + k.n2; i2++, where++) {
+// Where the positions of a block belong.
+static void place_rows(const ProductArgs* p, const Block* k, int64_t group, Where* where) {
+    for (int64_t i1 = k->at1; i1 < k->at1 + k->n1; i1++)
+        for (int64_t sample = k->sample; sample < k->sample + k->samples; sample++)
+            for (int64_t i2 = k->at2; i2 < k->at2 + k->n2; i2++, where++) {
                 where->sample = sample;
-                where->position = p->first + k.at0 * p->step[0] + i1 * p->step[1] + i2 * p->step[2];
+                where->position = p->first + k->at0 * p->step[0] + i1 * p->step[1] + i2 * p->step[2];
                 where->to = group * p->r_group + sample * p->r_sample + where->position * p->r_position;
             }
-    int64_t last = least((part + 1) * job->panels_each, job->count);
-    for (int64_t panel = part * job->panels_each; panel < last;) {
+}
+
+static void multiply_rows(const RowsJob* job, RowsSpace* s, const Block* k, int64_t group, int64_t panel, int64_t last) {
+    const ProductArgs* p = job->p;
+    const Blocks* b = &job->blocks;
+    const int64_t line = k->samples * k->n2, rows = k->n1 * line;
+    const int64_t pitch = (b->planes * b->slots * line + 15) / 32 * 32 + 16;  // an odd number of cache lines
+    lay_input(job, k, group, s->a, pitch);
+    int32_t* place = s->place;
+    for (int64_t t1 = 0; t1 < p->taps[1]; t1++)
+        for (int64_t w = 0; w < job->line_words; w++) *place++ = (int32_t)(w * pitch + slot_of(p, b, t1) * line);
+    while (panel < last) {
         int wide = tile_width(last - panel), most = most_rows(wide);
         const uint32_t* w = job->panels + (group * job->count + panel) * job->words * 16;
         for (int64_t m = 0; m < rows; m += most) {
@@ -104,27 +118,42 @@ static void rows_task(const RowsJob* job, RowsSpace* s, int64_t task) {
     }
 }
 
+static void nothing() {}
+
+static const RowsWay VECTORS = {384 << 10, 1, MOST_ROWS, MOST_ROWS * 16 * WIDEST, 0, multiply_rows, nothing, nothing};
+
+static void rows_task(const RowsJob* job, RowsSpace* s, int64_t task) {
+    const ProductArgs* p = job->p;
+    int64_t part = task % job->column_parts, group = task / job->column_parts / job->blocks.all;
+    const Block k = block_at(p, &job->blocks, task / job->column_parts % job->blocks.all);
+    place_rows(p, &k, group, s->where);
+    job->way->multiply(job, s, &k, group, part * job->panels_each, least((part + 1) * job->panels_each, job->count));
+}
+
 static int64_t input_bytes(const RowsJob* job, int64_t n1, int64_t n2, int64_t samples) {
     const Blocks* b = &job->blocks;
-    return 4 * job->copies * job->channel_words * (b->planes * (n1 + reach(job->p)) * samples * n2 + 32);
+    return 4 * job->line_words * (b->planes * (n1 + reach(job->p)) * samples * n2 + 32);
 }
 
 static void rows_body(void* data) {
     RowsJob* job = (RowsJob*)data;
     const Blocks* b = &job->blocks;
-    const int64_t a = input_bytes(job, b->n1, b->n2, b->samples) + 64, positions = b->n1 * b->n2 * b->samples;
+    const int64_t positions = b->n1 * b->n2 * b->samples;
+    const int64_t a = input_bytes(job, b->n1, b->n2, b->samples) / 64 * 64 + 64 + 4 * job->way->past;
     char* memory = (char*)__builtin_malloc(
-        (size_t)(a + 4 * job->words + 64 + 4 * MOST_ROWS * 16 * WIDEST + (positions + 1) * (int64_t)sizeof(Where)));
+        (size_t)(a + 64 + 4 * job->words + 4 * job->way->sums + (positions + 1) * (int64_t)sizeof(Where)));
     if (!memory) {
         __atomic_store_n(&job->failed, 1, __ATOMIC_RELAXED);
         return;
     }
     RowsSpace s;
-    s.where = (Where*)memory;
-    s.a = (uint32_t*)(s.where + positions + 1);
+    s.a = (uint32_t*)(((uintptr_t)memory + 63) / 64 * 64);
     s.sums = (int32_t*)((char*)s.a + a);
-    s.place = s.sums + MOST_ROWS * 16 * WIDEST;
+    s.where = (Where*)(s.sums + job->way->sums);
+    s.place = (int32_t*)(s.where + positions + 1);
+    job->way->enter();
     for (int64_t task; (task = gb_take(&job->next)) < job->tasks;) rows_task(job, &s, task);
+    job->way->leave();
     flush();
     __builtin_free(memory);
 }
@@ -133,30 +162,33 @@ static void rows_body(void* data) {
 static void size_blocks(RowsJob* job) {
     const ProductArgs* p = job->p;
     Blocks* b = &job->blocks;
+    const int64_t room = job->way->room, tall = job->way->rows;
     b->planes = least(p->stride[1], (p->taps[1] - 1) * p->dilation[1] + 1);
-    const int64_t word = 4 * job->copies * job->channel_words * b->planes + 1;  // bytes of one position of one line
-    b->n1 = least(p->count[1], least(ROOM / (word * p->count[2]) - reach(p), MOST_POSITIONS / p->count[2]));
+    const int64_t word = 4 * job->line_words * b->planes + 1;  // bytes of one position of one line
+    b->n1 = least(p->count[1], least(room / (word * p->count[2]) - reach(p), MOST_POSITIONS / p->count[2]));
     if (b->n1 < 1) b->n1 = 1;
-    b->n2 = least(ROOM / (word * (b->n1 + reach(p))), MOST_POSITIONS) / MOST_ROWS * MOST_ROWS;
-    if (b->n2 < MOST_ROWS) b->n2 = MOST_ROWS;
+    b->n2 = least(room / (word * (b->n1 + reach(p))), MOST_POSITIONS) / tall * tall;
+    if (b->n2 < tall) b->n2 = tall;
     b->n2 = least(b->n2, p->count[2]);
     b->samples = 1;
     const int64_t each = b->n1 * b->n2;
     double best = 0;
     for (int64_t n = 1; n <= p->samples && n * each <= MOST_POSITIONS; n++) {
-        if (n > 1 && (input_bytes(job, b->n1, b->n2, n) > ROOM || (n - 1) * each >= 8 * MOST_ROWS)) break;
-        double used = (double)(n * each) / (double)(parts_of(n * each, MOST_ROWS) * MOST_ROWS);
+        if (n > 1 && (input_bytes(job, b->n1, b->n2, n) > room || (n - 1) * each >= 8 * tall)) break;
+        double used = (double)(n * each) / (double)(parts_of(n * each, tall) * tall);
         if (used >= best) best = used, b->samples = n;
     }
     divide(p, b);
 }
 
-static int rows(const ProductArgs* p) {
+static int rows_by(const RowsWay* way, const ProductArgs* p) {
     RowsJob job = {};
     job.p = p;
+    job.way = way;
     job.channel_words = parts_of(p->channels, G);
-    job.words = volume(p->taps) * job.channel_words;
     job.copies = p->taps[0] * p->taps[2];
+    job.line_words = parts_of(job.copies * job.channel_words, way->unit) * way->unit;
+    job.words = p->taps[1] * job.line_words;
     job.count = parts_of(p->columns, 16);
     job.how = ways(p, p->groups * p->samples * volume(p->count) * p->columns);
     if (p->groups * p->samples * volume(p->count) * p->columns == 0) return GB_OK;
@@ -167,12 +199,15 @@ static int rows(const ProductArgs* p) {
     job.column_parts = parts_of(job.count, job.panels_each);
     job.tasks = p->groups * job.blocks.all * job.column_parts;
     const int64_t all = p->groups * job.count;
-    job.start = (int32_t*)__builtin_malloc((size_t)(all * 64 + all * job.words * 64 + 64));
-    if (!job.start) return GB_NO_MEMORY;
-    job.panels = (uint32_t*)(job.start + all * 16);
+    void* memory = __builtin_malloc((size_t)(all * 64 + all * job.words * 64 + 64));
+    if (!memory) return GB_NO_MEMORY;
+    job.panels = (uint32_t*)(((uintptr_t)memory + 63) / 64 * 64);
+    job.start = (int32_t*)(job.panels + all * job.words * 16);
     gb_parallel(all * job.words > 4096 ? p->threads : 1, lay_body, &job);
     job.next = 0;
     gb_parallel(job.tasks > 1 ? p->threads : 1, rows_body, &job);
-    __builtin_free(job.start);
+    __builtin_free(memory);
     return job.failed ? GB_NO_MEMORY : GB_OK;
 }
+
+static int rows(const ProductArgs* p) { return rows_by(&VECTORS, p); }

@@ -5,7 +5,7 @@
 namespace {
 
 const WireKernels* table(int level) {
-    return level == 2 ? &gb_wire_avx512 : level == 1 ? &gb_wire_avx2 : &gb_wire_portable;
+    return level >= 2 ? &gb_wire_avx512 : level == 1 ? &gb_wire_avx2 : &gb_wire_portable;
 }
 
 }  // namespace
