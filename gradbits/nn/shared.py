@@ -28,9 +28,9 @@ class Shared:
     @staticmethod
     def of(value: torch.Tensor, q: Quantizer, tokens: int) -> Shared | None:
         """Return what is known of the codes of ``value``; None where they may differ from call to call."""
-        if q.is_stochastic or q.init_state(1) or q.range.can_clip or value.is_inference() or value.grad_fn is None:
-            return None  # what no operation has made may be changed behind PyTorch's back, by NumPy or ``.data``
         owner = value if value._base is None else value._base
+        if q.is_stochastic or q.init_state(1) or q.range.can_clip or value.is_inference() or owner.grad_fn is None:
+            return None  # what no operation has made may be changed behind PyTorch's back, by NumPy or ``.data``
         place = (value.data_ptr(), value.shape, value.stride(), value.dtype, value._version, q, tokens)
         known: dict[Any, QTensor] = getattr(owner, "gradbits_codes", {})
         return Shared(owner, place, known.get(place))
