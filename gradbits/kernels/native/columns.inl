@@ -68,14 +68,21 @@ static void lay_patches(const ColumnsJob* job, const Block* k, int64_t group, in
                 for (int64_t s = 0; s < k->samples; s++, b += words * 16, from += p->x_sample)
                     // a few positions of every panel after the other: lines of the cache are read once
                     for (int64_t c = 0; c < k->n2; c += NEAR)
-                        for (int64_t panel = 0; panel < width; panel += 16) {
+                        for (int64_t panel = 0; panel < width;) {
                             uint32_t* to = b + panel / 16 * each + c / G * 16;
-                            int64_t n = least(k->n2 - c, NEAR);
+                            const int8_t* codes = from + panel * p->x_channel + c * code;
+                            const int64_t n = least(k->n2 - c, NEAR);
+                            if (there && weave_panels(codes, p->x_channel, code, width - panel, n, first - c, last - c, to,
+                                                      each, job->way->flip)) {
+                                panel += 64;
+                                continue;
+                            }
                             if (there)
-                                weave(from + panel * p->x_channel + c * code, p->x_channel, code, least(width - panel, 16), n,
-                                      first - c, last - c, to, 16, job->way->flip);
+                                weave(codes, p->x_channel, code, least(width - panel, 16), n, first - c, last - c, to, 16,
+                                      job->way->flip);
                             else
                                 weave_zeros(to, parts_of(n, G) * 16, job->way->flip);
+                            panel += 16;
                         }
             }
         }

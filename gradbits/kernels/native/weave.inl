@@ -53,6 +53,24 @@ GB_INLINE void weave_rows(const __m128i* row, int lines, uint32_t* to, __m512i f
     w = _mm512_inserti32x4(w, _mm_unpackhi_epi16(c, d), 3);
     _mm512_mask_storeu_epi32(to, (__mmask16)((1u << lines) - 1), _mm512_xor_si512(w, flip));
 }
+
+// Codes k .. k + 3 of 64 adjacent lines to words: 16 lines to each of `to`, to + panel, ...
+GB_INLINE void weave_wide(const int8_t* x, int64_t code, int64_t first, int64_t last, uint32_t* to, int64_t panel,
+                          __m512i flip) {
+    __m512i row[4];
+    GB_UNROLL for (int g = 0; g < 4; g++)
+        row[g] = g >= first && g < last ? _mm512_loadu_si512(x + g * code) : _mm512_setzero_si512();
+    __m512i a = _mm512_unpacklo_epi8(row[0], row[1]), b = _mm512_unpacklo_epi8(row[2], row[3]);
+    __m512i c = _mm512_unpackhi_epi8(row[0], row[1]), d = _mm512_unpackhi_epi8(row[2], row[3]);
+    row[0] = _mm512_unpacklo_epi16(a, b), row[1] = _mm512_unpackhi_epi16(a, b);  // four lines of every 16
+    row[2] = _mm512_unpacklo_epi16(c, d), row[3] = _mm512_unpackhi_epi16(c, d);
+    a = _mm512_shuffle_i32x4(row[0], row[1], 0x44), b = _mm512_shuffle_i32x4(row[0], row[1], 0xee);
+    c = _mm512_shuffle_i32x4(row[2], row[3], 0x44), d = _mm512_shuffle_i32x4(row[2], row[3], 0xee);
+    _mm512_storeu_si512(to, _mm512_xor_si512(_mm512_shuffle_i32x4(a, c, 0x88), flip));
+    _mm512_storeu_si512(to + panel, _mm512_xor_si512(_mm512_shuffle_i32x4(a, c, 0xdd), flip));
+    _mm512_storeu_si512(to + 2 * panel, _mm512_xor_si512(_mm512_shuffle_i32x4(b, d, 0x88), flip));
+    _mm512_storeu_si512(to + 3 * panel, _mm512_xor_si512(_mm512_shuffle_i32x4(b, d, 0xdd), flip));
+}
 #endif
 
 // Word k of line i, the codes x[i * line + (k G + g) * code], goes to to[k * pitch + i]; codes outside first .. last - 1
@@ -72,6 +90,9 @@ static void weave(const int8_t* x, int64_t line, int64_t code, int64_t lines, in
         }
         return;
     }
+    for (; line == 1 && lines >= 64; lines -= 64, x += 64, to += 64)
+        for (int64_t k = 0; k < codes; k += G)
+            weave_wide(x + k * code, code, first - k, last - k, to + k / G * pitch, 16, turn);
     for (int64_t k = 0; k < codes; k += G)
         for (int64_t i = 0; i < lines; i += 16) {
             int n = (int)(lines - i < 16 ? lines - i : 16);
@@ -111,6 +132,21 @@ static void weave(const int8_t* x, int64_t line, int64_t code, int64_t lines, in
             for (int64_t i = 0; i < lines; i++) row[i] |= (uint32_t)(uint16_t)(int16_t)from[i * line] << (16 * g);
         }
     }
+#endif
+}
+
+// `weave` for four panels of 16 lines, `panel` words apart, if their codes are adjacent; returns whether they are.
+static bool weave_panels(const int8_t* x, int64_t line, int64_t code, int64_t lines, int64_t codes, int64_t first,
+                         int64_t last, uint32_t* to, int64_t panel, Flip flip) {
+#ifdef GB_VNNI
+    if (line != 1 || lines < 64) return false;
+    const __m512i turn = _mm512_set1_epi32((int)flip);
+    for (int64_t k = 0; k < codes; k += G)
+        weave_wide(x + k * code, code, first - k, last - k, to + k / G * 16, panel, turn);
+    return true;
+#else
+    (void)x, (void)line, (void)code, (void)lines, (void)codes, (void)first, (void)last, (void)to, (void)panel, (void)flip;
+    return false;
 #endif
 }
 
