@@ -45,6 +45,6 @@ static void amx_multiply_columns(const ColumnsJob* job, ColumnsSpace* s, const B
     }
 }
 
-static const ColumnsWay MATRIX_SUMS = {512, 16, 32, TILE, 1, PLAIN, amx_multiply_columns, amx_enter, amx_leave};
+static const ColumnsWay MATRIX_SUMS = {512, 256, 32, 16, TILE, 1, PLAIN, amx_multiply_columns, amx_enter, amx_leave};
 
 static int amx_columns(const ProductArgs* p) { return columns_by(&MATRIX_SUMS, p); }

@@ -100,7 +100,7 @@ static void amx_multiply_rows(const RowsJob* job, RowsSpace* s, const Block* k, 
     }
 }
 
-static const RowsWay MATRICES = {1 << 20,           16,        AMX_COLUMNS, AMX_ROWS* AMX_COLUMNS, AMX_ROWS * 16,
-                                 amx_multiply_rows, amx_enter, amx_leave};
+static const RowsWay MATRICES = {16, AMX_COLUMNS, AMX_ROWS * AMX_COLUMNS, AMX_ROWS * 16, amx_multiply_rows, amx_enter,
+                                 amx_leave};
 
 static int amx_rows(const ProductArgs* p) { return rows_by(&MATRICES, p); }

@@ -1,8 +1,8 @@
 // `grad_weight`: sums over positions. The gradient and the input of a block of positions are laid out and multiplied,
 // and the sums of the blocks added up.
 
-static const int64_t MOST_COLUMNS = 512;      // output channels whose sums are held at once, and
-static const int64_t MOST_SUMS = 512 << 10;   // sums
+static const int64_t MOST_SUMS = 512 << 10;   // that are held at once
+static const int64_t FEWEST_WORDS = 128;      // of a block, where more would leave threads without one
 static const int64_t NEAR = 64;               // positions, a multiple of G
 static const int64_t INT32_TERMS = 131071;    // products of two codes whose sum surely fits in int32
 
@@ -12,8 +12,9 @@ struct ColumnsSpace;
 // How the products are computed: what lays out a block and multiplies it.
 struct ColumnsWay {
     int64_t words;  // of a block
-    int64_t rows;   // sums have a multiple of so many, and
-    int64_t unit;   // a task too, where there are several
+    int64_t most;   // output channels of a task; where there are several tasks,
+    int64_t unit;   // a multiple of so many
+    int64_t rows;   // sums have a multiple of so many
     int64_t past;   // room for words of `b` that are read behind the last, and
     int64_t tiles;  // for words of `a` that are laid out once more, in units of `rows`
     Flip flip;      // how `b` travels
@@ -126,7 +127,7 @@ static void multiply_columns(const ColumnsJob* job, ColumnsSpace* s, const Block
     }
 }
 
-static const ColumnsWay VECTOR_SUMS = {256, 1, MOST_ROWS, 0, 0, FLIP, multiply_columns, nothing, nothing};
+static const ColumnsWay VECTOR_SUMS = {256, 512, MOST_ROWS, 1, 0, 0, FLIP, multiply_columns, nothing, nothing};
 
 static void columns_task(ColumnsJob* job, ColumnsSpace* s, int64_t task) {
     const ProductArgs* p = job->p;
@@ -208,21 +209,21 @@ static int64_t share(int64_t all, int64_t most, int64_t unit) {
 static void size_columns(ColumnsJob* job) {
     const ProductArgs* p = job->p;
     Blocks* b = &job->blocks;
-    const int64_t wanted_words = job->way->words;
-    job->rows_each = share(p->columns, MOST_COLUMNS, p->columns > MOST_COLUMNS ? job->way->unit : 1);
+    job->rows_each = share(p->columns, job->way->most, p->columns > job->way->most ? job->way->unit : 1);
     int64_t most = MOST_SUMS / (job->rows_each * job->taps) / 16 * 16;
     job->channels_each = p->channels <= most ? p->channels : share(p->channels, most < 16 ? 16 : most, 16);
     job->row_parts = parts_of(p->columns, job->rows_each);
     job->channel_parts = parts_of(p->channels, job->channels_each);
+    const int64_t parts = p->groups * job->row_parts * job->channel_parts, wanted = p->threads > 1 ? 4 * p->threads : 1;
     b->n1 = b->n2 = b->samples = b->slots = b->planes = job->words = 1;
-    if (p->samples * volume(p->count) > 0) {
-        b->n2 = least(p->count[2], wanted_words * G);
+    for (int64_t words = job->way->words; p->samples * volume(p->count) > 0; words /= 2) {
+        b->n2 = least(p->count[2], words * G);
         job->words = parts_of(b->n2, G);
-        b->n1 = least(p->count[1], parts_of(wanted_words, job->words));
-        b->samples = parts_of(wanted_words, job->words * b->n1);
+        b->n1 = least(p->count[1], parts_of(words, job->words));
+        b->samples = parts_of(words, job->words * b->n1);
         divide(p, b);
+        if (parts * b->all >= p->threads || words <= FEWEST_WORDS) break;
     }
-    int64_t parts = p->groups * job->row_parts * job->channel_parts, wanted = p->threads > 1 ? 4 * p->threads : 1;
     int64_t safe = INT32_TERMS / (b->n1 * b->n2 * b->samples);  // blocks whose sums fit in int32
     job->splits = least(parts_of(wanted, parts), b->all);
     job->blocks_each = job->splits > 0 ? parts_of(b->all, job->splits) : 1;

@@ -1,6 +1,7 @@
 // `output` and `grad_input`: w is laid out in panels once; then the input of a block of positions is laid out and
 // multiplied by all of them.
 
+static const int64_t ROOM = 384 << 10;       // bytes of a block's input, so that it stays in the second-level cache
 static const int64_t MOST_POSITIONS = 1024;  // of a block
 
 struct RowsJob;
@@ -8,7 +9,6 @@ struct RowsSpace;
 
 // How the products are computed: the layout of the input, and what multiplies it.
 struct RowsWay {
-    int64_t room;  // bytes of a block's input, so that it stays in the second-level cache
     int64_t unit;  // a line of a panel is a multiple of so many words
     int64_t rows;  // of a tile
     int64_t sums;  // room for those of a tile, and
@@ -120,7 +120,7 @@ static void multiply_rows(const RowsJob* job, RowsSpace* s, const Block* k, int6
 
 static void nothing() {}
 
-static const RowsWay VECTORS = {384 << 10, 1, MOST_ROWS, MOST_ROWS * 16 * WIDEST, 0, multiply_rows, nothing, nothing};
+static const RowsWay VECTORS = {1, MOST_ROWS, MOST_ROWS * 16 * WIDEST, 0, multiply_rows, nothing, nothing};
 
 static void rows_task(const RowsJob* job, RowsSpace* s, int64_t task) {
     const ProductArgs* p = job->p;
@@ -162,19 +162,19 @@ static void rows_body(void* data) {
 static void size_blocks(RowsJob* job) {
     const ProductArgs* p = job->p;
     Blocks* b = &job->blocks;
-    const int64_t room = job->way->room, tall = job->way->rows;
+    const int64_t tall = job->way->rows;
     b->planes = least(p->stride[1], (p->taps[1] - 1) * p->dilation[1] + 1);
     const int64_t word = 4 * job->line_words * b->planes + 1;  // bytes of one position of one line
-    b->n1 = least(p->count[1], least(room / (word * p->count[2]) - reach(p), MOST_POSITIONS / p->count[2]));
+    b->n1 = least(p->count[1], least(ROOM / (word * p->count[2]) - reach(p), MOST_POSITIONS / p->count[2]));
     if (b->n1 < 1) b->n1 = 1;
-    b->n2 = least(room / (word * (b->n1 + reach(p))), MOST_POSITIONS) / tall * tall;
+    b->n2 = least(ROOM / (word * (b->n1 + reach(p))), MOST_POSITIONS) / tall * tall;
     if (b->n2 < tall) b->n2 = tall;
     b->n2 = least(b->n2, p->count[2]);
     b->samples = 1;
     const int64_t each = b->n1 * b->n2;
     double best = 0;
     for (int64_t n = 1; n <= p->samples && n * each <= MOST_POSITIONS; n++) {
-        if (n > 1 && (input_bytes(job, b->n1, b->n2, n) > room || (n - 1) * each >= 8 * tall)) break;
+        if (n > 1 && (input_bytes(job, b->n1, b->n2, n) > ROOM || (n - 1) * each >= 8 * tall)) break;
         double used = (double)(n * each) / (double)(parts_of(n * each, tall) * tall);
         if (used >= best) best = used, b->samples = n;
     }
