@@ -1,7 +1,8 @@
 // `output` and `grad_input` by the matrix unit: every position has its codes of all taps of axes 0 and 2 side by side, in
 // chunks of 64 for the tiles.
 
-static const int AMX_ROWS = 64, AMX_COLUMNS = 32;  // most of what is multiplied at once
+static const int AMX_ROWS = 64, AMX_COLUMNS = 64;  // most of what is multiplied at once
+static const int64_t AMX_NEAR = 32 << 10;          // bytes of panels that the first-level cache holds
 
 // Words of `codes` codes of adjacent lines to to[i * 16 ...], the last one filled with zeros.
 static void lay_words(const int8_t* x, int64_t line, int64_t code, int64_t lines, int codes, uint32_t* to) {
@@ -79,19 +80,24 @@ static void amx_multiply_rows(const RowsJob* job, RowsSpace* s, const Block* k, 
     for (int64_t t1 = 0; t1 < p->taps[1]; t1++)
         for (int64_t i = 0; i < chunks; i++)
             s->place[t1 * chunks + i] = (int32_t)((i * positions + slot_of(p, b, t1) * line) * 64);
+    // two panels stay in the first-level cache: four would not
+    const int64_t two = 2 * job->words * 64, most = two <= AMX_NEAR && 2 * two > AMX_NEAR ? 2 : AMX_COLUMNS / 16;
     while (panel < last) {
-        const int wide = last - panel == 1 ? 1 : 2;
+        const int wide = (int)least(last - panel, most);
         const int64_t width = least(p->columns - panel * 16, wide * 16);
+        const uint32_t* w = job->panels + (group * job->count + panel) * job->words * 16;
         t.ldc = wide * 16;
-        for (int j = 0; j < wide; j++) {
-            t.b[j] = job->panels + (group * job->count + panel + j) * job->words * 16;
-            t.c[j] = s->sums + j * 16;
-        }
         for (int64_t m = 0; m < rows;) {
             const int64_t left = parts_of(rows - m, 16);
             const int tall = left >= 4 && wide == 1 ? 4 : left >= 2 ? 2 : 1;
             t.a = (const char*)(s->a + m * 16);
-            amx_run<false>(&t, tall, wide);
+            for (int first = 0; first < wide; first += 2) {
+                for (int j = 0; j < 2; j++) {
+                    t.b[j] = w + (first + j) * job->words * 16;
+                    t.c[j] = s->sums + (first + j) * 16;
+                }
+                amx_run<false>(&t, tall, wide - first == 1 ? 1 : 2);
+            }
             for (int i = 0; i < tall; i++, m += 16)
                 finish(p, s->sums + i * 16 * t.ldc, t.ldc, (int)least(rows - m, 16), width, s->where + m, group, panel * 16,
                        job->how);
@@ -100,7 +106,7 @@ static void amx_multiply_rows(const RowsJob* job, RowsSpace* s, const Block* k, 
     }
 }
 
-static const RowsWay MATRICES = {16, AMX_COLUMNS, AMX_ROWS * AMX_COLUMNS, AMX_ROWS * 16, amx_multiply_rows, amx_enter,
+static const RowsWay MATRICES = {16, 32, AMX_ROWS * AMX_COLUMNS, AMX_ROWS * 16, amx_multiply_rows, amx_enter,
                                  amx_leave};
 
 static int amx_rows(const ProductArgs* p) { return rows_by(&MATRICES, p); }
