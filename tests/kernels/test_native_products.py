@@ -106,7 +106,7 @@ def geometry_of(draw):
     least = (max(s * (k - 1) + 1 - 2 * p, 1) for s, k, p in zip(dilation, kernel, padding, strict=True))
     size = tuple(n + extra for n, extra in zip(least, each(0, 1, 2, 5), strict=True))
     groups = draw(st.sampled_from([1, 1, 2, 3, 8]))
-    ci, co = draw(st.sampled_from([1, 2, 3, 5, 16, 17, 33])), draw(st.sampled_from([1, 2, 4, 16, 17, 50]))
+    ci, co = draw(st.sampled_from([1, 2, 3, 5, 16, 17, 33, 70])), draw(st.sampled_from([1, 2, 4, 16, 17, 50]))
     return ConvGeometry(stride, padding, dilation, groups, size, kernel), ci * groups, co * groups
 
 
@@ -130,13 +130,15 @@ def test_convolutions(native_level, data):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_large_convolutions_for_any_number_of_threads(native_level, threads):
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_large_convolutions_for_any_number_of_threads(native_level, threads, order):
     """More columns than one block holds, more positions than one piece."""
     g = ConvGeometry((1, 1), (1, 1), (1, 1), 1, (14, 13), (3, 3))
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(-128, 128, (9, 70, 14, 13), dtype=torch.int8, generator=generator)
     w = torch.randint(-128, 128, (530, 70, 3, 3), dtype=torch.int8, generator=generator)
     grad = torch.randint(-128, 128, (9, 530, 14, 13), dtype=torch.int8, generator=generator)
+    x, w, grad = (t.contiguous(memory_format=order) for t in (x, w, grad))
     e = Epilogue(torch.tensor(0.01))
     before = torch.get_num_threads()
     try:

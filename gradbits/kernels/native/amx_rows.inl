@@ -34,34 +34,65 @@ static void lay_no_words(int64_t lines, int words, uint32_t* to) {
     for (int64_t i = 0; i < lines; i++) _mm512_mask_storeu_epi32(to + i * 16, some, _mm512_setzero_si512());
 }
 
+// All taps of axis 2 of a line; x is where its column 0 lies, null for padding.
+static void lay_taps(const RowsJob* job, const Block* k, const int8_t* x, int64_t word, uint32_t* to, int64_t positions) {
+    const ProductArgs* p = job->p;
+    for (int64_t t2 = 0; t2 < p->taps[2]; t2++, word += job->channel_words) {
+        int64_t first, last, column = columns_of(p, k, t2, &first, &last);
+        if (!x || first == last) first = last = k->n2;
+        const int8_t* from = x ? x + (column + first * p->stride[2]) * p->x_axis[2] : nullptr;
+        for (int64_t c = 0; c < p->channels;) {
+            const int64_t at = word + c / G;
+            const int codes = (int)least(p->channels - c, (TILE / 16 - at % 16) * G), words = (codes + G - 1) / G;
+            uint32_t* line = to + at / 16 * positions * 16 + at % 16;
+            lay_no_words(first, words, line);
+            lay_no_words(k->n2 - last, words, line + last * 16);
+            if (first < last)
+                lay_words(from + c * p->x_channel, p->stride[2] * p->x_axis[2], p->x_channel, last - first, codes,
+                          line + first * 16);
+            c += codes;
+        }
+    }
+}
+
+// The same where all taps of a position are adjacent in memory and fit in a chunk: read as one piece, without the taps
+// that lie outside the line.
+static void lay_pieces(const RowsJob* job, const Block* k, const int8_t* x, uint32_t* to) {
+    const ProductArgs* p = job->p;
+    const int64_t step = p->stride[2] * p->x_axis[2], codes = p->taps[2] * p->channels;
+    int64_t first, last, none, column = columns_of(p, k, 0, &first, &none);
+    columns_of(p, k, p->taps[2] - 1, &none, &last);
+    if (last < first) last = first;
+    x += column * p->x_axis[2];
+    if (first < last) lay_words(x + first * step, step, 1, last - first, (int)codes, to + first * 16);
+    const __mmask16 some = (__mmask16)((1u << codes / G) - 1);
+    for (int64_t i = first == 0 ? last : 0; i < k->n2; i = i + 1 == first ? last : i + 1) {
+        const int64_t at = column + i * p->stride[2], end = least(p->taps[2], p->size[2] - at), begin = at < 0 ? -at : 0;
+        const __mmask64 there = begin < end ? ~0ull >> (64 - (end - begin) * p->channels) << begin * p->channels : 0;
+        _mm512_mask_storeu_epi32(to + i * 16, some, _mm512_maskz_loadu_epi8(there, x + i * step));
+    }
+}
+
 // Lay out the input of a block: [chunk][plane][slot][sample][position][16 words].
 static void lay_chunks(const RowsJob* job, const Block* k, int64_t group, uint32_t* a, int64_t positions) {
     const ProductArgs* p = job->p;
     const Blocks* b = &job->blocks;
-    int64_t word = 0;  // of a position's codes
+    const int64_t codes = p->taps[2] * p->channels;
+    const bool adjacent = p->x_channel == 1 && p->channels % G == 0 && p->dilation[2] == 1 && p->x_axis[2] == p->channels;
+    const bool pieces = adjacent && p->taps[0] == 1 && codes > 0 && codes <= TILE / 4;
     for (int64_t t0 = 0; t0 < p->taps[0]; t0++)
-        for (int64_t t2 = 0; t2 < p->taps[2]; t2++, word += job->channel_words) {
-            int64_t first, last, column = columns_of(p, k, t2, &first, &last);
+        for (int64_t line = 0; line < b->planes * b->slots; line++) {
             const int64_t i0 = k->at0 * p->stride[0] - p->padding[0] + t0 * p->dilation[0];
-            for (int64_t line = 0; line < b->planes * b->slots; line++) {
-                const int64_t i1 = line_in(p, k, line / b->slots, line % b->slots);
-                const bool there = inside(i0, p->size[0]) && inside(i1, p->size[1]) && first < last;
-                const int64_t low = there ? first : k->n2, high = there ? last : k->n2;
-                for (int64_t s = 0; s < k->samples; s++) {
-                    const int8_t* x = p->x + group * p->x_group + (k->sample + s) * p->x_sample + i0 * p->x_axis[0] +
-                                      i1 * p->x_axis[1] + (column + low * p->stride[2]) * p->x_axis[2];
-                    for (int64_t c = 0; c < p->channels;) {
-                        const int64_t at = word + c / G;
-                        const int codes = (int)least(p->channels - c, (TILE / 16 - at % 16) * G);
-                        uint32_t* to = a + (at / 16 * positions + (line * k->samples + s) * k->n2) * 16 + at % 16;
-                        lay_no_words(low, (codes + G - 1) / G, to);
-                        lay_no_words(k->n2 - high, (codes + G - 1) / G, to + high * 16);
-                        if (low < high)
-                            lay_words(x + c * p->x_channel, p->stride[2] * p->x_axis[2], p->x_channel, high - low, codes,
-                                      to + low * 16);
-                        c += codes;
-                    }
-                }
+            const int64_t i1 = line_in(p, k, line / b->slots, line % b->slots);
+            const bool there = inside(i0, p->size[0]) && inside(i1, p->size[1]);
+            for (int64_t s = 0; s < k->samples; s++) {
+                const int8_t* x = p->x + group * p->x_group + (k->sample + s) * p->x_sample + i0 * p->x_axis[0] +
+                                  i1 * p->x_axis[1];
+                uint32_t* to = a + (line * k->samples + s) * k->n2 * 16;
+                if (there && pieces)
+                    lay_pieces(job, k, x, to);
+                else
+                    lay_taps(job, k, there ? x : nullptr, t0 * p->taps[2] * job->channel_words, to, positions);
             }
         }
 }

@@ -194,15 +194,20 @@ GB_INLINE void put_whole(float* at, Floats y, bool past) {
     __builtin_memcpy(at, &y, sizeof y);
 }
 
-// V whole vectors of channels of every row, which take the same scale and terms, to adjacent floats.
-template <class S, int V>
+GB_INLINE void put_whole(uint16_t* at, Floats y, bool) {
+    const Halves half = to_bf16(y);
+    __builtin_memcpy(at, &half, sizeof half);
+}
+
+// V whole vectors of channels of every row, which take the same scale and terms, to adjacent results of type R.
+template <class R, class S, int V>
 static void finish_whole(const ProductArgs* p, const S* sums, int64_t pitch, int rows, const Where* where, int64_t group,
                          int64_t channel, int how) {
     const int count = p->epilogue.count;
     Floats scale[V], term[V][GB_TERMS];
     for (int v = 0; v < V; v++) load_operands(&p->epilogue, group, where, channel + v * 16, 16, &scale[v], term[v]);
     for (int m = 0; m < rows; m++, sums += pitch) {
-        float* at = (float*)p->result + where[m].to + channel;
+        R* at = (R*)p->result + where[m].to + channel;
         const bool past = (how & STREAM) && ((uintptr_t)at & 63) == 0;
         Floats y[V];
         GB_UNROLL for (int v = 0; v < V; v++) y[v] = floats_of(sums + v * 16) * scale[v];
@@ -214,14 +219,26 @@ static void finish_whole(const ProductArgs* p, const S* sums, int64_t pitch, int
     }
 }
 
+// As many channels as fill vectors, from the first on; returns how many.
+template <class R, class S>
+static int64_t finish_vectors(const ProductArgs* p, const S* sums, int64_t pitch, int rows, int64_t width,
+                              const Where* where, int64_t group, int64_t channel, int how) {
+    int64_t at = 0;
+    for (; at + 64 <= width; at += 64) finish_whole<R, S, 4>(p, sums + at, pitch, rows, where, group, channel + at, how);
+    for (; at + 16 <= width; at += 16) finish_whole<R, S, 1>(p, sums + at, pitch, rows, where, group, channel + at, how);
+    return at;
+}
+
 // To a result whose channels are adjacent: row by row, so that memory is written in its order.
 template <class S>
 static void finish_rows(const ProductArgs* p, const S* sums, int64_t pitch, int rows, int64_t width, const Where* where,
                         int64_t group, int64_t channel, int how) {
     int64_t at = 0;
-    if ((how & UNIFORM) && p->epilogue.dtype == GB_FLOAT32 && p->r_channel == 1) {
-        for (; at + 64 <= width; at += 64) finish_whole<S, 4>(p, sums + at, pitch, rows, where, group, channel + at, how);
-        for (; at + 16 <= width; at += 16) finish_whole<S, 1>(p, sums + at, pitch, rows, where, group, channel + at, how);
+    if ((how & UNIFORM) && p->r_channel == 1) {
+        if (p->epilogue.dtype == GB_FLOAT32)
+            at = finish_vectors<float>(p, sums, pitch, rows, width, where, group, channel, how);
+        else
+            at = finish_vectors<uint16_t>(p, sums, pitch, rows, width, where, group, channel, how);
     }
     for (; at < width; at += 16) {
         const int n = (int)least(width - at, 16);

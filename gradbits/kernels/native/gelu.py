@@ -27,13 +27,9 @@ class GeluArgs(ctypes.Structure):
 
 def why_not(x: torch.Tensor) -> str | None:
     """Return why GELU of ``x`` cannot be computed here, or None."""
-    if x.device.type != "cpu":
-        return "runs on the processor"
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return f"dtype {x.dtype} is neither float32 nor bfloat16"
     if x.numel() == 0 or memory_order(x) is None:
         return "the input is empty, or has gaps in memory"
-    return library.why_not()
+    return library.why_not_floats(x)
 
 
 def gelu(x: torch.Tensor, approximate: str, g: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

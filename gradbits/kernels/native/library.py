@@ -125,6 +125,15 @@ def why_not() -> str | None:
     return found if isinstance(found, str) else None
 
 
+def why_not_floats(x: torch.Tensor) -> str | None:
+    """Return why the kernels that take whole tensors of floats cannot take ``x``, or None."""
+    if x.device.type != "cpu":
+        return "runs on the processor"
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"dtype {x.dtype} is neither float32 nor bfloat16"
+    return why_not()
+
+
 def loaded() -> Library:
     """Return the library of a kernel that was chosen because it is there."""
     found = library()

@@ -26,13 +26,9 @@ class NormArgs(ctypes.Structure):
 
 def why_not(x: torch.Tensor) -> str | None:
     """Return why ``x`` cannot be normalized here, or None."""
-    if x.device.type != "cpu":
-        return "runs on the processor"
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return f"dtype {x.dtype} is neither float32 nor bfloat16"
     if x.dim() < 2 or x.numel() == 0 or not x.movedim(1, -1).is_contiguous():
         return "channels are not last in memory"
-    return library.why_not()
+    return library.why_not_floats(x)
 
 
 def forward(

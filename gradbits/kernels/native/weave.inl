@@ -43,15 +43,20 @@ GB_INLINE void weave_lines(const int8_t* x, int64_t line, __mmask16 there, int c
     if (codes > 12) _mm512_mask_storeu_epi32(to + 3 * pitch, some, _mm512_shuffle_i64x2(c, d, 0xee));
 }
 
-// Four rows of up to 16 adjacent lines to the words of these lines.
-GB_INLINE void weave_rows(const __m128i* row, int lines, uint32_t* to, __m512i flip) {
-    __m128i a = _mm_unpacklo_epi8(row[0], row[1]), b = _mm_unpacklo_epi8(row[2], row[3]);
-    __m128i c = _mm_unpackhi_epi8(row[0], row[1]), d = _mm_unpackhi_epi8(row[2], row[3]);
-    __m512i w = _mm512_castsi128_si512(_mm_unpacklo_epi16(a, b));
-    w = _mm512_inserti32x4(w, _mm_unpackhi_epi16(a, b), 1);
-    w = _mm512_inserti32x4(w, _mm_unpacklo_epi16(c, d), 2);
-    w = _mm512_inserti32x4(w, _mm_unpackhi_epi16(c, d), 3);
-    _mm512_mask_storeu_epi32(to, (__mmask16)((1u << lines) - 1), _mm512_xor_si512(w, flip));
+// Four rows of up to 16 adjacent lines, one in each quarter of `rows`, to the words of these lines.
+GB_INLINE void weave_rows(__m512i rows, int lines, uint32_t* to, __m512i flip) {
+    const __m512i quarters = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    __m512i w = _mm512_xor_si512(_mm512_shuffle_epi8(_mm512_permutexvar_epi32(quarters, rows), bytes), flip);
+    if (lines == 16)
+        _mm512_storeu_si512(to, w);
+    else
+        _mm512_mask_storeu_epi32(to, (__mmask16)((1u << lines) - 1), w);
+}
+
+GB_INLINE __m512i quarters_of(const __m128i* row) {
+    __m512i all = _mm512_inserti32x4(_mm512_castsi128_si512(row[0]), row[1], 1);
+    return _mm512_inserti32x4(_mm512_inserti32x4(all, row[2], 2), row[3], 3);
 }
 
 // Codes k .. k + 3 of 64 adjacent lines to words: 16 lines to each of `to`, to + panel, ...
@@ -99,8 +104,9 @@ static void weave(const int8_t* x, int64_t line, int64_t code, int64_t lines, in
             __m128i row[G];
             if (line == 1 && n == 16 && k >= first && k + G <= last) {
                 const int8_t* from = x + i + k * code;
-                for (int g = 0; g < G; g++) row[g] = _mm_loadu_si128((const __m128i*)(from + g * code));
-                weave_rows(row, 16, to + k / G * pitch + i, turn);
+                GB_UNROLL for (int g = 0; g < G; g++) row[g] = _mm_loadu_si128((const __m128i*)(from + g * code));
+                const __m512i all = code == 16 ? _mm512_loadu_si512(from) : quarters_of(row);
+                weave_rows(all, 16, to + k / G * pitch + i, turn);
                 continue;
             }
             for (int g = 0; g < G; g++) {
@@ -119,7 +125,7 @@ static void weave(const int8_t* x, int64_t line, int64_t code, int64_t lines, in
                     row[g] = _mm_loadu_si128((const __m128i*)copy);
                 }
             }
-            weave_rows(row, n, to + k / G * pitch + i, turn);
+            weave_rows(quarters_of(row), n, to + k / G * pitch + i, turn);
         }
 #else
     (void)flip;
