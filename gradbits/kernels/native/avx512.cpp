@@ -5,7 +5,7 @@
 #if GB_X86
 #define GB_ISA avx512
 #define GB_VNNI 1
-GB_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,prefer-vector-width=512")
+GB_BEGIN_WIDE("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
 #include "bodies.inl"
 GB_END
 #undef GB_VNNI

@@ -78,8 +78,9 @@ static void depth_lay(const DepthJob* job, int64_t line, int64_t i2, int64_t row
 
 GB_INLINE Words dot(Words sum, const uint32_t* x, const uint32_t* w) {
 #ifdef GB_VNNI
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(_mm512_loadu_si512(x)), "v"(_mm512_loadu_si512(w)));
-    return sum;
+    __m512i total = (__m512i)sum;
+    GB_DOT(total, _mm512_loadu_si512(x), _mm512_loadu_si512(w));
+    return (Words)total;
 #else
     Words a, b;
     __builtin_memcpy(&a, x, sizeof a);

@@ -28,11 +28,10 @@ static void tile(const uint32_t* a, const int32_t* place, const uint32_t* b, int
         GB_UNROLL for (int m = 0; m < MR; m++) {
             __m512i word = _mm512_set1_epi32((int)row[m]);
             GB_UNROLL for (int v = 0; v < NV; v++) {
-                // the intrinsic makes compilers move accumulators about
                 if (TURNED)
-                    asm("vpdpbusd %2, %1, %0" : "+v"(sum[m][v]) : "v"(column[v]), "v"(word));
+                    GB_DOT(sum[m][v], column[v], word);
                 else
-                    asm("vpdpbusd %2, %1, %0" : "+v"(sum[m][v]) : "v"(word), "v"(column[v]));
+                    GB_DOT(sum[m][v], word, column[v]);
             }
         }
     }

@@ -13,6 +13,13 @@ static const int G = 2;  // int16 codes
 #endif
 
 #ifdef GB_VNNI
+// sum += the products of four unsigned and four signed bytes in every lane.
+#ifdef __clang__  // which looks at the instruction set of the file, not of the function, before it takes an operand
+#define GB_DOT(sum, u, s) sum = _mm512_dpbusd_epi32(sum, u, s)
+#else  // GCC moves accumulators about for the intrinsic
+#define GB_DOT(sum, u, s) asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s))
+#endif
+
 // Up to 16 lines of up to 16 adjacent codes, of which `there` exist: word k of line i to to[k * pitch + i].
 GB_INLINE void weave_lines(const int8_t* x, int64_t line, __mmask16 there, int codes, int lines, uint32_t* to,
                            int64_t pitch, __m512i flip) {
