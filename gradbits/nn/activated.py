@@ -2,57 +2,38 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 
-_NOTE = "gradbits_activated"
+from gradbits.nn.watched import is_watched
+
+# the layer whose call is under way, and what follows it; of this thread, so that others may call the layer meanwhile
+_UNDER_WAY: ContextVar[tuple[nn.Module, str] | None] = ContextVar("gradbits_activation", default=None)
 
 
-class FollowingReLU(nn.ReLU):
-    """A ReLU that the layer before it may have computed already.
+def run_activated(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """Return ``relu(layer(x))`` computed by the layer's kernel, or None where it is to be computed as written.
 
-    >>> FollowingReLU()(torch.tensor([-1.0, 2.0])).tolist()
-    [0.0, 2.0]
+    That is for a layer which is not quantized, where a gradient will be wanted, which needs the sign of what was
+    before, and where a hook waits for it.
     """
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Return the positive part of ``input``: itself, where the layer before left nothing else."""
-        return input if vars(input).pop(_NOTE, False) else super().forward(input)
-
-
-def activation_now(layer: Any, *operands: torch.Tensor | None) -> str:
-    """Return the activation that a layer's kernel is to apply in this call.
-
-    None where a gradient will be wanted, which needs the sign of what was before, or where a hook waits for it. Once
-    too often would do no harm: a ReLU of a ReLU is the same.
-
-    Args:
-        layer: a quantized layer.
-        operands: of its call.
-    """
-    name: str = layer.assignment.activation
-    if not name or torch.compiler.is_compiling():
-        return ""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
-        return ""
-    waits = layer._forward_hooks or torch_module._global_forward_hooks
-    return "" if waits or layer.assignment.link is not None or layer.assignment.seen is not None else name
-
-
-def note_activated(y: torch.Tensor) -> torch.Tensor:
-    """Note on the result of a layer that its activation was applied."""
-    vars(y)[_NOTE] = True
+    assignment: Any = getattr(layer, "assignment", None)
+    if assignment is None or assignment.link is not None or assignment.seen is not None or is_watched(layer):
+        return None
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())):
+        return None
+    token = _UNDER_WAY.set((layer, "relu"))
+    try:
+        y: torch.Tensor = layer(x)
+    finally:
+        _UNDER_WAY.reset(token)
     return y
 
 
-def follow_(layer: nn.Module, activation: nn.Module) -> bool:
-    """Let ``layer`` compute the ``activation`` behind it; return whether it can."""
-    assignment = getattr(layer, "assignment", None)
-    if assignment is None or type(activation) not in (nn.ReLU, FollowingReLU):
-        return False
-    assignment.activation = "relu"
-    activation.__class__ = FollowingReLU
-    return True
+def activation_of(layer: object) -> str:
+    """Return the activation that the call of ``layer`` which is under way is to apply, or an empty name."""
+    wanted = _UNDER_WAY.get()
+    return wanted[1] if wanted is not None and wanted[0] is layer else ""

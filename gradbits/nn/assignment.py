@@ -28,7 +28,6 @@ class Assignment:
         learns: whether its quantizers have parameters of their own.
         number: stands for the layer in the graphs of ``torch.compile``, see ``gradbits.nn.compiled``.
         link: what ties the layer to a graph that quantizes its input and folds its batch norm, or None.
-        activation: what follows the layer and may be computed with it, see ``gradbits.nn.activated``, or empty.
     """
 
     name: str
@@ -41,7 +40,6 @@ class Assignment:
     link: GraphLink | None = None
     learns: bool = False
     number: int = field(default=0, compare=False)
-    activation: str = ""
 
 
 class GraphLink(Protocol):

@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 
-from gradbits.nn.activated import activation_now, note_activated
-
 _LAYERS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count(1)
 _KEPT: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}  # by token: a layer's output, and what has gradients
@@ -49,7 +47,7 @@ def _can_be_in_graph(layer: Any) -> bool:
 @torch.compiler.disable(recursive=True)
 def _outside(layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     found: torch.Tensor = layer.compute(x, weight, bias)
-    return note_activated(found) if activation_now(layer, x, weight, bias) else found
+    return found
 
 
 @contextmanager

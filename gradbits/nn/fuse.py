@@ -8,16 +8,11 @@ from torch import nn
 
 from gradbits.core.checks import check_module
 from gradbits.core.errors import NothingToQuantizeError
-from gradbits.nn.activated import FollowingReLU, follow_
 from gradbits.nn.gelu import FusedGELU
-from gradbits.nn.norm import FLAG, NORMS, FusedBatchNorm2d, FusedReLU
+from gradbits.nn.norm import FLAG, NORMS
+from gradbits.nn.sequence import FusedSequential, can_join
 
-FLOAT_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
-    FusedBatchNorm2d: nn.BatchNorm2d,
-    FusedReLU: nn.ReLU,
-    FusedGELU: nn.GELU,
-    FollowingReLU: nn.ReLU,
-}
+FLOAT_CLASSES: dict[type[nn.Module], type[nn.Module]] = {FusedSequential: nn.Sequential, FusedGELU: nn.GELU}
 
 
 def fuse_(model: nn.Module) -> tuple[str, ...]:
@@ -26,7 +21,8 @@ def fuse_(model: nn.Module) -> tuple[str, ...]:
     Found are a ``BatchNorm2d`` that a ``ReLU`` follows in a ``Sequential``, every batch norm that the model passes to
     ``gradbits.nn.norm_relu``, and every ``torch.nn.GELU``. A ``ReLU`` that follows a quantized layer in a
     ``Sequential`` is computed by the layer's kernel where no gradient is wanted. All modules keep their names and
-    parameters.
+    parameters; a norm or layer that is called without the ReLU gives what it gave before, and so does one that has
+    hooks.
 
     Args:
         model: changed in place; ``unfuse_`` undoes it.
@@ -42,14 +38,11 @@ def fuse_(model: nn.Module) -> tuple[str, ...]:
     ('1', '3')
     """
     check_module(model)
-    followed = False
+    joined = False
     for parent in model.modules():
-        if type(parent) is nn.Sequential:
-            children = list(parent)
-            for first, relu in pairwise(children):
-                if type(first) is nn.BatchNorm2d and type(relu) is nn.ReLU:
-                    first.__class__, relu.__class__ = FusedBatchNorm2d, FusedReLU
-                followed = follow_(first, relu) or followed
+        if _has_pairs(parent):
+            parent.__class__ = FusedSequential
+            joined = True
     names = []
     for name, module in model.named_modules():
         if type(module) is nn.GELU:
@@ -57,11 +50,18 @@ def fuse_(model: nn.Module) -> tuple[str, ...]:
         if isinstance(module, (*NORMS, FusedGELU)):
             module.__dict__.setdefault(FLAG, "wanted")
             names.append(name)
-    if not names and not followed:
+    if not names and not joined:
         raise NothingToQuantizeError(
             "model: has neither batch norm nor GELU, nor a ReLU behind a quantized layer, so there is nothing to fuse"
         )
     return tuple(names)
+
+
+def _has_pairs(module: nn.Module) -> bool:
+    """Return whether ``module`` is a plain ``Sequential`` in which something can be joined with the ReLU behind it."""
+    if not isinstance(module, nn.Sequential) or type(module) not in (nn.Sequential, FusedSequential):
+        return False
+    return any(can_join(first, relu) for first, relu in pairwise(list(module)))
 
 
 def unfuse_(model: nn.Module) -> None:
@@ -74,8 +74,6 @@ def unfuse_(model: nn.Module) -> None:
     check_module(model)
     for module in model.modules():
         module.__class__ = FLOAT_CLASSES.get(type(module), type(module))
-        if (assignment := getattr(module, "assignment", None)) is not None:
-            assignment.activation = ""
         module.__dict__.pop(FLAG, None)
 
 

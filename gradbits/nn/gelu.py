@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from gradbits.kernels.native import gelu as native
 from gradbits.nn.norm import FLAG
+from gradbits.nn.watched import why_unfused
 from gradbits.quantizers.known import note_width
 
 LEAST = 1 << 18  # elements from which on one pass was measured to be faster, see benchmarks/fused_gelu.py
@@ -62,10 +63,9 @@ class FusedGELU(nn.GELU):
 
 def why_not_fused(x: torch.Tensor, approximate: str) -> str | None:
     """Return why PyTorch computes GELU of ``x``, or None."""
-    if torch.compiler.is_compiling():
-        return "torch.compile fuses for itself"
-    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
-        return "transforms and tracers know PyTorch's own"
+    reason = why_unfused()
+    if reason is not None:
+        return reason
     if x.numel() < LEAST:
         return f"{x.numel()} elements are too few to gain by it"
     if x.dtype == torch.bfloat16 and approximate == "none":

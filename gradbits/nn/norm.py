@@ -10,6 +10,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from gradbits.kernels.native import norm as native
+from gradbits.nn.watched import is_watched, why_unfused
 from gradbits.quantizers.known import note_width
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -73,20 +74,29 @@ def norm_relu(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = 
     >>> norm_relu(nn.BatchNorm2d(2), torch.zeros(4, 2, 3, 3)).shape
     torch.Size([4, 2, 3, 3])
     """
-    if norm.__dict__.get(FLAG) is not None and why_not_fused(norm, x, residual) is None:
-        norm.__dict__[FLAG] = "used"
-        return _fused(norm, x, residual)
-    y = _plain(norm, x)
-    return F.relu(y if residual is None else y + residual)
+    y = run_fused(norm, x, residual)
+    if y is not None:
+        return y
+    plain = norm(x)
+    return F.relu(plain if residual is None else plain + residual)
+
+
+def run_fused(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor | None:
+    """Return ``relu(norm(x) + residual)`` in one pass, or None where it is to be computed as it is written."""
+    if norm.__dict__.get(FLAG) is None or why_not_fused(norm, x, residual) is not None:
+        return None
+    norm.__dict__[FLAG] = "used"
+    return _fused(norm, x, residual)
 
 
 def why_not_fused(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = None) -> str | None:
     """Return why a norm and what follows it are computed one after the other, or None."""
-    if torch.compiler.is_compiling():
-        return "torch.compile fuses for itself"
-    if type(norm) not in (*NORMS, FusedBatchNorm2d):
+    reason = why_unfused()
+    if reason is not None:
+        return reason
+    if type(norm) not in NORMS:
         return f"{type(norm).__name__} is no batch norm that computes what its name says"
-    if type(norm) is not FusedBatchNorm2d and (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks):
+    if is_watched(norm):
         return "hooks wait for the norm's own output"
     if any(p.dtype != torch.float32 for p in norm.parameters()):
         return "its parameters are not float32"
@@ -97,11 +107,6 @@ def why_not_fused(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | Non
     if x.numel() < LEAST:
         return f"{x.numel()} elements are too few to gain by it"
     return native.why_not(x)
-
-
-def _plain(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    y: torch.Tensor = nn.BatchNorm2d.forward(norm, x) if isinstance(norm, FusedBatchNorm2d) else norm(x)
-    return y
 
 
 def _fused(norm: Any, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
@@ -130,19 +135,3 @@ def _update_(norm: Any, mean: torch.Tensor, var: torch.Tensor, count: int) -> No
 def _channels_last(t: torch.Tensor) -> torch.Tensor:
     turned = t.movedim(1, -1)
     return t if turned.is_contiguous() else turned.contiguous().movedim(-1, 1)
-
-
-class FusedBatchNorm2d(nn.BatchNorm2d):
-    """A ``BatchNorm2d`` that computes the ReLU behind it too."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Return ``relu(batch_norm(input))``."""
-        return norm_relu(self, input)
-
-
-class FusedReLU(nn.ReLU):
-    """A ReLU that the batch norm before it has computed already."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Return ``input``."""
-        return input

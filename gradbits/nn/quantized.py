@@ -12,7 +12,7 @@ from torch import nn
 from gradbits.core.errors import ArgumentError
 from gradbits.core.grain import PerChannel
 from gradbits.core.noise import draw_seed
-from gradbits.nn.activated import activation_now
+from gradbits.nn.activated import activation_of
 from gradbits.nn.assignment import Assignment, QuantizerStates
 from gradbits.nn.bilinear import Bilinear
 from gradbits.nn.call import Call, without_autocast
@@ -98,7 +98,7 @@ class Quantized:
             name=a.name,
             dtype=dtype,
             learned=tuple(learned),
-            activation=activation_now(self, x, weight, bias),
+            activation=activation_of(self),
         )
         with without_autocast(device):
             call = call.started({"input": x, "weight": weight}, bias)

@@ -185,3 +185,91 @@ def test_the_kernel_applies_it_and_nothing_twice(monkeypatch):
         torch.testing.assert_close(model(x), want, rtol=0.1, atol=0.1)
     unfuse_(model)
     assert type(model[1]) is nn.ReLU
+
+
+class Twice(nn.Module):
+    """One ReLU behind a batch norm here and behind a convolution there."""
+
+    def __init__(self):
+        super().__init__()
+        act = nn.ReLU()
+        self.a = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), act)
+        self.b = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), act)
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+@pytest.mark.parametrize("recipe", [None, "int8_dynamic"])
+def test_modules_in_several_places_stay_what_they_are(recipe):
+    torch.manual_seed(0)
+    model, x = Twice().eval(), torch.randn(2, 3, 8, 8)
+    layer = nn.Linear(8, 8)
+    tied = nn.Sequential(nn.Sequential(layer, nn.ReLU()), nn.Sequential(layer, nn.Tanh())).eval()
+    if recipe is not None:
+        gb.quantize_(model, gb.recipe(recipe).with_overrides({"keep_float": ()}))
+        gb.quantize_(tied, gb.recipe(recipe).with_overrides({"keep_float": ()}))
+        gb.fuse_(tied)
+    with torch.no_grad():
+        want, linear = model(x), unfused(tied)(x[..., 0, :])
+        gb.fuse_(model)
+        assert torch.equal(model(x), want)
+        assert torch.equal(tied(x[..., 0, :]), linear)
+
+
+def unfused(model: nn.Module) -> nn.Module:
+    """Return a copy that nothing was fused in."""
+    model = copy.deepcopy(model)
+    unfuse_(model)
+    return model
+
+
+def test_what_is_called_without_its_relu_gives_no_relu():
+    """Alone, in a slice, behind a hook; a norm as well as a layer."""
+    model = relu_net().eval()
+    gb.quantize_(model, gb.recipe("int8_dynamic").with_overrides({"keep_float": ()}))
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    x = torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        want = [m(x) for m in (model[0], net[:2])]
+        gb.fuse_(model), gb.fuse_(net)
+        for got, w in zip((model[0](x), net[:2](x)), want, strict=True):
+            assert torch.equal(got, w)
+            assert w.min() < 0.0
+        assert torch.equal(model[:1](x), want[0])
+        seen = []
+        net[1].register_forward_hook(lambda m, args, y: seen.append(y.clone()))
+        assert torch.equal(net(x), F.relu(want[1]))
+        assert torch.equal(seen[0], want[1])
+        net[2].register_forward_hook(lambda m, args, y: y * 0.0)
+        assert not net(x).any()
+
+
+def test_learned_steps_keep_the_derivative_of_the_relu():
+    """Also where weight and bias have no gradients."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    gb.quantize_(plain, gb.recipe("lsq").with_overrides({"keep_float": ()}))
+    x = torch.randn(32, 16)
+    plain(x)
+    for p in (plain[0].weight, plain[0].bias):
+        p.requires_grad_(False)
+    fused_ = copy.deepcopy(plain)
+    gb.fuse_(fused_)
+    for model in (plain, fused_):
+        model(x).square().sum().backward()
+    for a, b in zip(plain.parameters(), fused_.parameters(), strict=True):
+        assert a.grad is b.grad is None or torch.equal(a.grad, b.grad)
+
+
+@NATIVE
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+def test_transforms_and_tracers_get_pytorchs_own(monkeypatch):
+    monkeypatch.setattr("gradbits.nn.norm.LEAST", 0)
+    net = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()).to(memory_format=torch.channels_last).eval()
+    gb.fuse_(net)
+    x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
+    weights = {name: p.detach() for name, p in net.named_parameters()}
+    grads = torch.func.grad(lambda p: torch.func.functional_call(net, p, (x,)).sum())(weights)
+    assert set(grads) == {"0.weight", "0.bias"}
+    assert torch.equal(torch.jit.trace(net, x)(x), unfused(net)(x))
