@@ -6,17 +6,34 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradbits.core.errors import MissingDependencyError
+from gradbits.core.errors import ArgumentError, MissingDependencyError
 from gradbits.core.files import write_atomically
 
 COLUMNS = 3  # panels beside one another
 
 
+def check_chart(path: Path | None) -> Path | None:
+    """Return ``path`` if a chart can be drawn in the format that its ending names, or None: asked before the work.
+
+    Raises:
+        ArgumentError: matplotlib knows no format of this ending, or needs TeX for it.
+        MissingDependencyError: matplotlib is not installed.
+
+    >>> check_chart(None)
+    """
+    if path is None:
+        return None
+    legal = sorted({*_canvas().get_supported_filetypes()} - {"pgf"})  # which needs TeX, and says so at the end only
+    if _format(path) not in legal:
+        raise ArgumentError(f"chart={str(path)!r}: must end in {', '.join(f'.{name}' for name in legal)}")
+    return path
+
+
 def save_chart(path: Path, outcomes: Sequence[Mapping[str, Any]], title: str = "") -> None:
-    """Draw the median times of every work as bars and write them as a PNG file.
+    """Draw the median times of every work as bars and write them to a file.
 
     Args:
-        path: the file to make.
+        path: the file to make; its ending names the format, see ``check_chart``.
         outcomes: what ``contest.as_dict`` returned for each work.
         title: above the panels.
 
@@ -38,10 +55,10 @@ def save_chart(path: Path, outcomes: Sequence[Mapping[str, Any]], title: str = "
 
 
 def save_memory_chart(path: Path, outcomes: Sequence[Mapping[str, Any]], title: str = "") -> None:
-    """Draw the bytes saved by every variant, as they are and packed, and write them as a PNG file.
+    """Draw the bytes saved by every variant, as they are and packed, and write them to a file.
 
     Args:
-        path: the file to make.
+        path: the file to make; its ending names the format, see ``check_chart``.
         outcomes: what ``memory.memory_work`` returned for each model.
         title: above the panels.
 
@@ -62,21 +79,33 @@ def save_memory_chart(path: Path, outcomes: Sequence[Mapping[str, Any]], title: 
     _save(path, figure, title)
 
 
-def _figure(panels: int) -> tuple[Any, list[Any]]:
-    """Return a figure and its panels."""
+def _canvas() -> Any:
+    """Return the class that draws without a screen."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError("charts need matplotlib: pip install 'gradbits[plot]'") from error
+    return FigureCanvasAgg
+
+
+def _format(path: Path) -> str:
+    """Return matplotlib's name of the format that an ending stands for."""
+    return path.suffix.removeprefix(".").lower()
+
+
+def _figure(panels: int) -> tuple[Any, list[Any]]:
+    """Return a figure and its panels."""
+    canvas = _canvas()
+    from matplotlib.figure import Figure
+
     wide = min(COLUMNS, max(1, panels))
     tall = max(1, -(-panels // wide))
     figure = Figure(figsize=(6.0 * wide, 3.4 * tall), layout="constrained")
-    FigureCanvasAgg(figure)
+    canvas(figure)
     return figure, [figure.add_subplot(tall, wide, index) for index in range(1, panels + 1)]
 
 
 def _save(path: Path, figure: Any, title: str) -> None:
     if title:
         figure.suptitle(title)
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    write_atomically(path, lambda file: figure.savefig(file, format=_format(path), dpi=120))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gradbits.bench.allocator import keep_freed_memory
-from gradbits.bench.chart import save_chart
+from gradbits.bench.chart import check_chart, save_chart
 from gradbits.bench.contest import Work, as_dict, compete
 from gradbits.bench.record import head_lines, save_record, surroundings
 from gradbits.bench.roofline import roofline
@@ -29,7 +29,7 @@ class Settings:
         repeats: rounds.
         clock: ``"wall"`` or ``"cpu"``.
         json: file for the record, or None.
-        chart: PNG file for the picture, or None.
+        chart: file for the picture, in the format that its ending names, or None.
         show: called with each finished piece of text.
         tell: called with what is being done.
     """
@@ -49,7 +49,7 @@ class Settings:
         if self.threads is not None:
             check_integer(self.threads, "threads", 1)
         check_output(self.json, "json")
-        check_output(self.chart, "chart")
+        check_chart(check_output(self.chart, "chart"))
 
     def settle(self) -> dict[str, Any]:
         """Settle this process for a benchmark; return where it runs."""

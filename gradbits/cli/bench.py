@@ -27,7 +27,7 @@ Clock = Annotated[
 ]
 Quick = Annotated[bool, typer.Option("--quick", help="Smaller works and fewer rounds: a try-out, not a result.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write everything that was measured to this file.")]
-Chart = Annotated[Path | None, typer.Option("--chart", help="Draw it to this PNG file.")]
+Chart = Annotated[Path | None, typer.Option("--chart", help="Draw it to this file, as a.png or a.svg.")]
 
 
 def build() -> typer.Typer:
@@ -142,16 +142,20 @@ def memory(
     from gradbits.bench.record import head_lines, save_record
     from gradbits.bench.session import Settings
     from gradbits.core.checks import check_choice
+    from gradbits.recipes import recipe as build_recipe
 
     names = tuple(dict.fromkeys(model or MODELS))
     for name in names:
         check_choice(name, "model", MODELS)
+    recipes = tuple(dict.fromkeys(recipe or ("int8_dynamic",)))
+    for name in recipes:
+        build_recipe(name)
     settings = Settings(command=_command(), threads=threads, repeats=1, json=json, chart=chart)
     where = settings.settle()
     _show("\n".join(head_lines(where)[:2]))
     outcomes = []
     for name in names:
-        outcomes.append(memory_work(name, tuple(recipe or ("int8_dynamic",)), quick=quick, tell=_tell))
+        outcomes.append(memory_work(name, recipes, quick=quick, tell=_tell))
         _show("\n" + memory_table(outcomes[-1]))
     if json is not None:
         save_record(json, where, works=outcomes)

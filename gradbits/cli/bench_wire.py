@@ -27,7 +27,9 @@ def wire(
     data: Annotated[
         str | None, typer.Option(help="Data set for --model. Default: digits; pydoc for gpt.", show_default=False)
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples of a batch, for --model.")] = 128,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Samples of a batch, for --model. Default: 128.", show_default=False)
+    ] = None,
     codecs: Annotated[str | None, typer.Option(help="Names, as qsgd,alq. Default: all.", show_default=False)] = None,
     bits: Annotated[
         str | None, typer.Option(help="Bits to try, as 3,4. Default: each codec's own.", show_default=False)
@@ -54,6 +56,10 @@ def wire(
 
     if model is not None and numel is not None:
         raise ArgumentError(f"numel={numel!r}: cannot be combined with model={model!r}, which has its own size")
+    for name, value in (("data", data), ("batch_size", batch_size)):
+        if model is None and value is not None:
+            raise ArgumentError(f"{name}={value!r}: only with --model; drawn values are no batch of data")
+    samples = 128 if batch_size is None else check_integer(batch_size, "batch_size", 1)
     if threads is not None:
         torch.set_num_threads(check_integer(threads, "threads", 1))
     question = Question(
@@ -69,7 +75,7 @@ def wire(
     question.codecs()  # says what is wrong before anything takes time
     check_output(json, "json")
     count = gradients.parse_count("1M" if numel is None else numel)
-    found = gradients.drawn(count, seed) if model is None else gradients.of_model(model, data, batch_size, seed)
+    found = gradients.drawn(count, seed) if model is None else gradients.of_model(model, data, samples, seed)
     rows = measure(found, question, _tell)
     _tell("")
     _print(rows, question, f"{found.origin}: {found.values.numel():,} values, {world} ranks")

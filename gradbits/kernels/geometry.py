@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 Ints = tuple[int, ...]
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}  # by number of axes
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,47 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
 def channels_first(x: torch.Tensor) -> torch.Tensor:
     """Return the [N, C, *spatial] view of ``x`` [N, *spatial, C]; memory stays channels-last."""
     return x.movedim(-1, 1)
+
+
+def result_is_last(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether a product of a convolution lies in memory channels-last, given its operands; contiguous otherwise.
+
+    The rule of every product and backend, because rounding noise follows memory: channels-last where either operand is
+    that and not contiguous too, as PyTorch's own convolutions have it.
+
+    >>> x, w = torch.zeros(2, 3, 4, 4), torch.zeros(5, 3, 1, 1)
+    >>> result_is_last(x, w), result_is_last(x.to(memory_format=torch.channels_last), w)
+    (False, True)
+    """
+    return _is_last(a) or _is_last(b)
+
+
+def _is_last(x: torch.Tensor) -> bool:
+    if x.is_contiguous():
+        return False
+    last = FORMATS.get(x.dim())
+    return x.movedim(1, -1).is_contiguous() if last is None else x.is_contiguous(memory_format=last)
+
+
+def empty_result(shape: Ints, dtype: torch.dtype, last: bool) -> torch.Tensor:
+    """Return room on the processor for a result [N, C, *spatial] in the order that ``result_is_last`` says."""
+    if not last:
+        return torch.empty(shape, dtype=dtype)
+    wanted = FORMATS.get(len(shape))
+    if wanted is not None:
+        return torch.empty(shape, dtype=dtype, memory_format=wanted)
+    return channels_first(torch.empty(shape[0], *shape[2:], shape[1], dtype=dtype))
+
+
+def in_result_order(y: torch.Tensor, last: bool) -> torch.Tensor:
+    """Return a result in the order that ``result_is_last`` says; no copy where its memory is in that order.
+
+    >>> in_result_order(torch.zeros(2, 3, 1, 1).to(memory_format=torch.channels_last), False).stride()
+    (3, 1, 1, 1)
+    """
+    y = channels_last(y) if last else y.contiguous()
+    y = y.view(-1).view(y.shape)  # gives axes of size 1 their ordinary strides: later operations may look at them
+    return channels_first(y) if last else y
 
 
 def pad_spatial(x: torch.Tensor, low: Ints, high: Ints) -> torch.Tensor:

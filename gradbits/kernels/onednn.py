@@ -14,8 +14,10 @@ from gradbits.kernels.geometry import (
     channels_first,
     channels_last,
     grad_input_phases,
+    in_result_order,
     pad_spatial,
     phase_weight,
+    result_is_last,
 )
 
 PATCHES_PAY = 1 << 20  # below this many bytes of patches, building them is cheaper than preparing a convolution
@@ -83,6 +85,7 @@ def _as_2d(geometry: ConvGeometry) -> ConvGeometry:
 
 def conv_output(x: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry, epilogue: Epilogue) -> torch.Tensor:
     """Return the convolution of codes ``x`` [N, Ci, *] and ``w`` [Co, Ci/groups, *]."""
+    last = result_is_last(x, w)
     flat = geometry.spatial == 1
     if flat:
         x, w, geometry = x.unsqueeze(2), w.unsqueeze(2), _as_2d(geometry)
@@ -90,11 +93,12 @@ def conv_output(x: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry, epilog
     y = _conv(x, w, geometry, epilogue if fused else None)
     if flat:
         y = y.squeeze(2)
-    return y if fused else epilogue.apply_(y)
+    return in_result_order(y if fused else epilogue.apply_(y), last)
 
 
 def conv_grad_input(grad: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry, epilogue: Epilogue) -> torch.Tensor:
     """Return the gradient of the input from codes ``grad`` [N, Co, *] and ``w`` [Co, Ci/groups, *]."""
+    last = result_is_last(grad, w)
     flat = geometry.spatial == 1
     if flat:
         grad, w, geometry = grad.unsqueeze(2), w.unsqueeze(2), _as_2d(geometry)
@@ -120,7 +124,7 @@ def conv_grad_input(grad: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry,
             total[where] = part
     if flat:
         total = total.squeeze(2)
-    return total if fused else epilogue.apply_(total)
+    return in_result_order(total if fused else epilogue.apply_(total), last)
 
 
 def why_not(request: Request) -> str | None:

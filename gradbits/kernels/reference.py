@@ -13,9 +13,11 @@ from gradbits.kernels.geometry import (
     channels_first,
     channels_last,
     grad_input_phases,
+    in_result_order,
     pad_spatial,
     patches,
     phase_weight,
+    result_is_last,
 )
 
 PATCH_BYTES = 1 << 21  # patches of a convolution are built in pieces that stay in the cache
@@ -157,7 +159,8 @@ def conv_sum(x: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry) -> torch.
 def conv_output(x: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry, epilogue: Epilogue) -> torch.Tensor:
     """Return the convolution of codes ``x`` [N, Ci, *] and ``w`` [Co, Ci/groups, *]."""
     padded = pad_spatial(channels_last(x), geometry.padding, geometry.padding)
-    return epilogue.apply_(channels_first(conv_sum(padded, w, geometry)))
+    y = epilogue.apply_(channels_first(conv_sum(padded, w, geometry)))
+    return in_result_order(y, result_is_last(x, w))
 
 
 def conv_grad_input(grad: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry, epilogue: Epilogue) -> torch.Tensor:
@@ -175,7 +178,7 @@ def conv_grad_input(grad: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry,
         )
         where = (slice(None), *phase.positions)
         total[where] = conv_sum(padded, weight, plain).to(dtype)
-    return epilogue.apply_(channels_first(total))
+    return in_result_order(epilogue.apply_(channels_first(total)), result_is_last(grad, w))
 
 
 def conv_grad_weight(grad: torch.Tensor, x: torch.Tensor, geometry: ConvGeometry, epilogue: Epilogue) -> torch.Tensor:
@@ -198,7 +201,7 @@ def conv_grad_weight(grad: torch.Tensor, x: torch.Tensor, geometry: ConvGeometry
             diagonal = part.view(count, co, taps, count, ci).diagonal(dim1=0, dim2=3)  # [co, taps, ci, group]
             total[first : first + count] += diagonal.movedim(-1, 0)
     shaped = total.view(groups * co, *geometry.kernel_size, ci)
-    return epilogue.apply_(channels_first(shaped).contiguous())
+    return in_result_order(epilogue.apply_(channels_first(shaped)), result_is_last(grad, x))
 
 
 def kernels() -> tuple[Kernel, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gradbits.kernels.dispatch import Epilogue, Kernel, Request
-from gradbits.kernels.geometry import ConvGeometry
+from gradbits.kernels.geometry import ConvGeometry, in_result_order, result_is_last
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
@@ -21,7 +21,7 @@ def conv_output(x: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry, epilog
         y = torch.convolution(
             x.double(), w.double(), None, g.stride, g.padding, g.dilation, False, (0,) * g.spatial, g.groups
         )
-    return epilogue.apply_(y)
+    return in_result_order(epilogue.apply_(y), result_is_last(x, w))
 
 
 def _backward(
@@ -37,14 +37,16 @@ def conv_grad_input(grad: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry,
     """Return the gradient of the input from codes ``grad`` [N, Co, *] and ``w`` [Co, Ci/groups, *]."""
     shape = (grad.shape[0], w.shape[1] * geometry.groups, *geometry.input_size)
     x = torch.empty(shape, dtype=torch.float64, device=grad.device)
-    return epilogue.apply_(_backward(grad.double(), x, w.double(), geometry, (True, False, False))[0])
+    y = epilogue.apply_(_backward(grad.double(), x, w.double(), geometry, (True, False, False))[0])
+    return in_result_order(y, result_is_last(grad, w))
 
 
 def conv_grad_weight(grad: torch.Tensor, x: torch.Tensor, geometry: ConvGeometry, epilogue: Epilogue) -> torch.Tensor:
     """Return the gradient of the weight from codes ``grad`` [N, Co, *] and ``x`` [N, Ci, *]."""
     shape = (grad.shape[1], x.shape[1] // geometry.groups, *geometry.kernel_size)
     w = torch.empty(shape, dtype=torch.float64, device=grad.device)
-    return epilogue.apply_(_backward(grad.double(), x.double(), w, geometry, (False, True, False))[1])
+    y = epilogue.apply_(_backward(grad.double(), x.double(), w, geometry, (False, True, False))[1])
+    return in_result_order(y, result_is_last(grad, x))
 
 
 def kernels() -> tuple[Kernel, ...]:

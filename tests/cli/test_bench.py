@@ -50,6 +50,7 @@ def test_the_record_and_the_picture(tmp_path):
         (("step", "--work", "vgg"), "work='vgg'"),
         (("step", "--recipe", "int3"), "int3"),
         (("memory", "--model", "linear"), "model='linear'"),
+        (("memory", "--recipe", "foo"), "foo"),
         (("gemm", "--clock", "sun"), "clock='sun'"),
         (("gemm", "--repeats", "0"), "repeats=0"),
         (("quantize", "--threads", "0"), "threads=0"),
@@ -62,3 +63,16 @@ def test_nonsense_is_refused_before_anything_runs(arguments, named):
     assert named in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not done.stdout
+
+
+@pytest.mark.parametrize("subcommand", ["gemm", "memory"])
+@pytest.mark.parametrize("name", ["x.txt", "x", ".png", "x.pgf"])
+def test_a_chart_of_no_known_format_is_refused_before_anything_runs(subcommand, name, tmp_path):
+    pytest.importorskip("matplotlib")
+    done = command(subcommand, "--quick", "--chart", str(tmp_path / name))
+    assert done.returncode == 2
+    assert f"{name}'" in done.stderr
+    assert ".png, " in done.stderr
+    assert ".svg" in done.stderr
+    assert not done.stdout
+    assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import product
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from gradbits.kernels import onednn
 from gradbits.kernels.dispatch import Epilogue, Kernel, Request, kernel_table
 from gradbits.kernels.geometry import ConvGeometry, grad_input_phases, terms_of
+from gradbits.kernels.native import convolutions, library
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 OPS = ("conv_output", "conv_grad_input", "conv_grad_weight")
@@ -104,6 +106,12 @@ def usable(op: str, case: Case) -> list[Kernel]:
     return [k for k in kernel_table()[op] if k.why_not(request) is None]
 
 
+def turned(x: torch.Tensor) -> torch.Tensor:
+    """The same values, channels-last in memory."""
+    rows = x.movedim(1, -1).contiguous()
+    return rows.view(-1).view(rows.shape).movedim(-1, 1)
+
+
 def check(op: str, case: Case) -> None:
     exact = case.exact(op)
     plain, epilogue = Epilogue(torch.ones(())), case.epilogue(exact)
@@ -115,11 +123,23 @@ def check(op: str, case: Case) -> None:
         assert got.dtype == case.dtype
         assert got.shape == want.shape
         assert torch.equal(got, want), kernel.backend
-        # operands in another memory order give the same
-        last = [t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (a, b)]
-        assert torch.equal(kernel.run(*last, case.geometry, epilogue), want), kernel.backend
+        # operands in other memory orders give the same, in the order that the rule says
+        for orders in product((False, True), repeat=2):
+            operands = [turned(t) if on else t for t, on in zip((a, b), orders, strict=True)]
+            got = kernel.run(*operands, case.geometry, epilogue)
+            assert torch.equal(got, want), (kernel.backend, orders)
+            last = any(not t.is_contiguous() for t in operands)
+            strides = (turned(want) if last else want.contiguous()).stride()
+            assert got.stride() == strides or not got.numel(), (kernel.backend, orders)
 
 
+POINTWISE = Case(ConvGeometry((1, 1), (0, 0), (1, 1), 1, (5, 6), (1, 1)), 2, 8, 16)
+DEPTHWISE = Case(ConvGeometry((2, 1), (1, 1), (1, 1), 24, (6, 7), (3, 3)), 2, 1, 1)
+MERGED = Case(ConvGeometry((1, 1), (1, 1), (1, 1), 6, (4, 5), (3, 3)), 2, 2, 3)
+ONE_PIXEL = Case(ConvGeometry((1, 1), (0, 0), (1, 1), 1, (3, 3), (3, 3)), 2, 4, 5)
+ONE_CHANNEL = Case(ConvGeometry((1, 1), (1, 1), (1, 1), 1, (4, 4), (3, 3)), 2, 1, 1)
+LINE = Case(ConvGeometry((2,), (1,), (1,), 1, (9,), (3,)), 2, 4, 5)
+VOLUME = Case(ConvGeometry((1, 2, 1), (1, 0, 1), (1, 1, 1), 1, (4, 5, 3), (3, 2, 3)), 2, 4, 5)
 COVERED = Case(ConvGeometry((1, 1), (3, 3), (1, 1), 1, (5, 5), (2, 2)), 2, 3, 4)  # padding covers the whole kernel
 NARROW = Case(ConvGeometry((1, 1), (0, 0), (1, 1), 1, (5, 3), (3, 3)), 2, 16, 8, scale="channel", bias=True)
 SKIPPED = Case(ConvGeometry((3, 2), (0, 1), (1, 2), 2, (8, 7), (2, 2)), 2, 2, 3)  # stride beyond the kernel
@@ -133,6 +153,13 @@ EMPTY = Case(ConvGeometry((1, 1), (1, 1), (1, 1), 1, (4, 4), (3, 3)), 0, 3, 4)
 @example(case=NARROW)
 @example(case=SKIPPED)
 @example(case=EMPTY)
+@example(case=POINTWISE)
+@example(case=DEPTHWISE)
+@example(case=MERGED)
+@example(case=ONE_PIXEL)
+@example(case=ONE_CHANNEL)
+@example(case=LINE)
+@example(case=VOLUME)
 def test_every_backend_is_exact(op, case):
     check(op, case)
 
@@ -200,3 +227,18 @@ def test_phases_meet_every_position_once(case):
         products += taps * seen[phase.positions].numel()
     assert int(seen.max()) <= 1
     assert products <= math.prod(g.input_size) * math.prod(g.kernel_size)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("case", [POINTWISE, DEPTHWISE, MERGED, LINE, VOLUME])
+def test_native_falls_back_in_the_same_order(op, case):
+    """An epilogue of many terms goes through the torch kernels."""
+    if library.why_not() is not None:
+        pytest.skip(f"native library not built: {library.why_not()}")
+    a, b = case.operands(op)
+    one = torch.ones(())
+    for operands in product((a, turned(a)), (b, turned(b))):
+        want = getattr(convolutions, op)(*operands, case.geometry, Epilogue(one))
+        got = getattr(convolutions, op)(*operands, case.geometry, Epilogue(one, terms=(0 * one,) * 9))
+        assert torch.equal(got, want)
+        assert got.stride() == want.stride()

@@ -11,7 +11,14 @@ import torch
 
 from gradbits.kernels import reference
 from gradbits.kernels.dispatch import INT32_TERMS, Epilogue
-from gradbits.kernels.geometry import ConvGeometry, channels_first, grad_input_phases, terms_of
+from gradbits.kernels.geometry import (
+    ConvGeometry,
+    channels_first,
+    empty_result,
+    grad_input_phases,
+    result_is_last,
+    terms_of,
+)
 from gradbits.kernels.native import library
 from gradbits.kernels.native.product_args import ProductArgs, Result, fits, plain_args, stored_dtype, triple
 
@@ -34,17 +41,6 @@ def _patch_args(shape: torch.Size, s: tuple[int, ...], g: ConvGeometry, groups: 
     args.size, args.count, args.taps = triple(shape[2:], 1), triple(g.output_size, 1), triple(g.kernel_size, 1)
     args.stride, args.padding, args.dilation = triple(g.stride, 1), triple(g.padding, 0), triple(g.dilation, 1)
     return args
-
-
-def _empty_like_order(shape: tuple[int, ...], dtype: torch.dtype, *codes: torch.Tensor) -> torch.Tensor:
-    """Return room for a result: channels last where an operand's memory is in that order, else contiguous."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(shape))
-    if last is not None:
-        turned = any(not t.is_contiguous() and t.is_contiguous(memory_format=last) for t in codes)
-        return torch.empty(shape, dtype=dtype, memory_format=last if turned else torch.contiguous_format)
-    if any(not t.is_contiguous() and t.movedim(1, -1).is_contiguous() for t in codes):
-        return channels_first(torch.empty(shape[0], *shape[2:], shape[1], dtype=dtype))
-    return torch.empty(shape, dtype=dtype)
 
 
 def _merged(groups: int, channels: int) -> int:
@@ -74,7 +70,7 @@ def conv_output(x: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry, epilog
     g, lib = geometry, library.loaded()
     depthwise = _is_depthwise(x, w.shape[0], w.shape[1], g)
     merged = 1 if depthwise else _merged(g.groups, w.shape[1])
-    out = _empty_like_order((x.shape[0], w.shape[0], *g.output_size), stored_dtype(epilogue), x, w)
+    out = empty_result((x.shape[0], w.shape[0], *g.output_size), stored_dtype(epilogue), result_is_last(x, w))
     groups, w = g.groups // merged, _dense(w, g.groups, merged)
     args = _conv_args(x, g, groups, w.shape[1])
     s, columns = w.stride(), w.shape[0] // groups
@@ -136,7 +132,7 @@ def conv_grad_input(grad: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry,
     rows = "gradbits_depth_rows" if depthwise else "gradbits_rows"
     merged = 1 if depthwise else _merged(g.groups, w.shape[0] // g.groups)
     shape = (grad.shape[0], w.shape[1] * g.groups, *g.input_size)
-    out = _empty_like_order(shape, stored_dtype(epilogue), grad, w)
+    out = empty_result(shape, stored_dtype(epilogue), result_is_last(grad, w))
     groups, w = g.groups // merged, _dense(w, g.groups, merged)
     s, channels = w.stride(), w.shape[0] // groups
     result = Result(out.shape, epilogue, groups)
@@ -170,7 +166,10 @@ def conv_grad_weight(grad: torch.Tensor, x: torch.Tensor, geometry: ConvGeometry
         co, taps = grad.shape[1] // g.groups, math.prod(g.kernel_size)
         dense = _grad_weight(grad, x, g, g.groups // merged, Epilogue(torch.ones(())))
         parts = dense.contiguous().view(g.groups // merged, merged, co, merged, ci, taps).diagonal(dim1=1, dim2=3)
-        sums = parts.permute(0, 4, 1, 2, 3).reshape(g.groups * co, ci, *g.kernel_size)
+        if result_is_last(grad, x):
+            sums = channels_first(parts.permute(0, 4, 1, 3, 2).contiguous().view(g.groups * co, *g.kernel_size, ci))
+        else:
+            sums = parts.permute(0, 4, 1, 2, 3).contiguous().view(g.groups * co, ci, *g.kernel_size)
         return epilogue.apply_(sums)
     if not fits(epilogue):
         return reference.conv_grad_weight(grad, x, geometry, epilogue)
@@ -183,7 +182,8 @@ def _grad_weight(
 ) -> torch.Tensor:
     lib, s = library.loaded(), grad.stride()
     channels, columns = x.shape[1] // groups, grad.shape[1] // groups
-    y = _empty_like_order((grad.shape[1], channels, *g.kernel_size), stored_dtype(e), grad, x)
+    shape = (grad.shape[1], channels, *g.kernel_size)
+    y = empty_result(shape, stored_dtype(e), result_is_last(grad, x))
     args = _conv_args(x, g, groups, channels)
     args.w, args.columns = grad.data_ptr(), columns
     args.w_group, args.w_column, args.w_channel, args.w_tap = columns * s[1], s[1], s[0], triple(s[2:], 0)
