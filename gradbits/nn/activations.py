@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
 
@@ -12,56 +11,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from gradbits.core.checks import check_bits, check_integer
 from gradbits.core.packing import packed_width
-from gradbits.nn.packed import (
-    Again,
-    Bits,
-    Content,
-    Groups,
-    Integers,
-    Layout,
-    LogProbabilities,
-    Packed,
-    Positive,
-    SignedCodes,
-)
+from gradbits.nn.packed import Again, Bits, Content, Held, Integers, Layout, Packed
+from gradbits.nn.packed_groups import Groups, LogProbabilities, Positive, SignedCodes, Unpackable
 from gradbits.nn.saved import Kept, kept_as
+from gradbits.nn.statistics import Statistics
+from gradbits.nn.storages import Memory, Tally, place_of
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 RELU, LOG_SOFTMAX = "ReluBackward0", "LogSoftmaxBackward0"
 _NOTE = "gradbits saved its own output"  # key of what is noted on the nodes of a graph
-
-
-@dataclass
-class Tally:
-    """Bytes that autograd would have kept, and those that are kept instead; what several tensors share counts once."""
-
-    before: int = 0
-    after: int = 0
-
-
-@dataclass
-class _Memory:
-    """One storage of which something was saved.
-
-    Args:
-        holder: keeps its address from being given out again; does not keep its bytes.
-        nbytes: its size.
-        contents: what was packed of it, by place and version, as long as it is kept.
-        own: what operations keep of their own outputs in it, by place and version.
-        held: whether a tensor was saved as it is.
-    """
-
-    holder: StorageWeakRef
-    nbytes: int
-    contents: dict[Any, ref[Content]] = field(default_factory=dict)
-    own: dict[Any, ref[Packed]] = field(default_factory=dict)
-    held: bool = False
-
-    def hold(self) -> int:
-        """Note that it stays in memory; return the bytes that this adds."""
-        added = 0 if self.held else self.nbytes
-        self.held = True
-        return added
 
 
 class pack_activations(torch.autograd.graph.saved_tensors_hooks):  # a context, named as torch names its own
@@ -76,7 +34,8 @@ class pack_activations(torch.autograd.graph.saved_tensors_hooks):  # a context, 
     each, exactly. Masks take one bit, indices (max pooling) the smallest integer type that holds them, exactly. Of a
     log-softmax the probabilities are kept, in which its gradient is linear. Layers that save the same memory share one
     copy. A quantized layer keeps its input's codes, in ``bits`` where they have more, and computes its weight's codes
-    again. Left alone are parameters and small tensors.
+    again. Left alone are parameters, small tensors, statistics of others (see ``Statistics``), and float tensors that
+    hold a value that is not finite.
 
     Args:
         bits: bits of one value, 2 to 8; stored in 2, 4 or 8.
@@ -96,8 +55,9 @@ class pack_activations(torch.autograd.graph.saved_tensors_hooks):  # a context, 
         check_integer(min_elements, "min_elements", 1)
         self.bits, self.group, self.min_elements = bits, group, min_elements
         self.tally = Tally()
-        self._seen: dict[int, _Memory] = {}
-        super().__init__(self._pack, lambda kept: kept.unpack() if isinstance(kept, Packed) else kept)
+        self._seen: dict[int, Memory] = {}
+        self._statistics = Statistics(min_elements)
+        super().__init__(self._pack, lambda kept: kept.unpack() if isinstance(kept, (Packed, Held)) else kept)
 
     def __enter__(self) -> pack_activations:  # type: ignore[override]
         """Start packing; return this context, whose ``tally`` says what it saved."""
@@ -107,40 +67,55 @@ class pack_activations(torch.autograd.graph.saved_tensors_hooks):  # a context, 
     def __exit__(self, *args: object) -> None:
         """Stop packing; what was packed stays so until the backward pass."""
         self._seen.clear()
+        self._statistics.recent.clear()
         super().__exit__(*args)
 
     def _pack(self, tensor: torch.Tensor) -> Any:
         if _is_parameter(tensor):
-            return tensor
+            self._statistics.see(tensor)
+            return Held.of(tensor)
         if type(tensor) is not torch.Tensor or tensor.layout != torch.strided:
             size = tensor.numel() * tensor.element_size()
             self.tally.before += size
             self.tally.after += size
             return tensor
         memory = self._memory_of(tensor)
-        kept, layout = kept_as(tensor), Layout.of(tensor)
-        place = _place(tensor, layout)
+        layout = Layout.of(tensor)
+        place = place_of(tensor, layout)
+        packed = None if place in memory.unpackable else self._packed(tensor, memory, layout, place)
+        self._statistics.see(tensor)
+        if packed is None:
+            self.tally.after += memory.hold()
+            return Held.of(tensor)
+        return packed
+
+    def _packed(self, tensor: torch.Tensor, memory: Memory, layout: Layout, place: Any) -> Packed | None:
+        """Return a tensor in few bits, or None where it is to be kept as it is."""
+        kept = kept_as(tensor)
         known = memory.contents.get(place, lambda: None)()
         if known is None and not self._worth(tensor, kept):
-            self.tally.after += memory.hold()
-            return tensor
-        if _is_own_output(tensor):
-            own = Packed(layout, self._own_output(tensor, layout))
-            self.tally.after += own.content.nbytes
-            memory.own[place] = ref(own)
-            return own
-        if known is None:
-            known = self._content(tensor, layout, kept)
-            memory.contents[place] = ref(known)
-            self.tally.after += known.nbytes
+            return None
+        try:
+            if _is_own_output(tensor):
+                own = Packed(layout, self._own_output(tensor, layout))
+                self.tally.after += own.content.nbytes
+                memory.own[place] = ref(own)
+                return own
+            if known is None:
+                known = self._content(tensor, layout, kept)
+                memory.contents[place] = ref(known)
+                self.tally.after += known.nbytes
+        except Unpackable:
+            memory.unpackable.add(place)
+            return None
         return Packed(layout, known)
 
-    def _memory_of(self, tensor: torch.Tensor) -> _Memory:
+    def _memory_of(self, tensor: torch.Tensor) -> Memory:
         """Return what is known of a tensor's memory; counts it when it is seen for the first time."""
         storage = tensor.untyped_storage()
         memory = self._seen.get(storage._cdata)
         if memory is None:
-            memory = self._seen[storage._cdata] = _Memory(StorageWeakRef(storage), storage.nbytes())
+            memory = self._seen[storage._cdata] = Memory(StorageWeakRef(storage), storage.nbytes())
             self.tally.before += memory.nbytes
         return memory
 
@@ -148,7 +123,7 @@ class pack_activations(torch.autograd.graph.saved_tensors_hooks):  # a context, 
         """Return what an operation needs of its own output."""
         assert tensor.grad_fn is not None
         if tensor.grad_fn.name() == RELU:
-            return Bits(layout.flat(tensor) > 0)
+            return Bits(_passes(layout.flat(tensor)))
         return LogProbabilities(layout.flat(tensor), self.bits, self.group)
 
     def _content(self, tensor: torch.Tensor, layout: Layout, kept: Kept | None) -> Content:
@@ -180,10 +155,10 @@ class pack_activations(torch.autograd.graph.saved_tensors_hooks):  # a context, 
             return None, None
         own = Layout.of(value)
         memory = self._seen.get(value.untyped_storage()._cdata)
-        relu = None if memory is None else memory.own.get(_place(value, own), lambda: None)()
+        relu = None if memory is None else memory.own.get(place_of(value, own), lambda: None)()
         if relu is None or not isinstance(relu.content, Bits) or own.order != layout.order:
             return None, None
-        return relu, own.flat(value) > 0
+        return relu, _passes(own.flat(value))
 
     def _worth(self, tensor: torch.Tensor, kept: Kept | None) -> bool:
         """Whether a tensor is packed."""
@@ -195,14 +170,9 @@ class pack_activations(torch.autograd.graph.saved_tensors_hooks):  # a context, 
             layout = Layout.of(tensor)
             few = packed_width(self.bits) < 8
             return few or kept.again is not None or self._relu_that_made(kept.signs_of(), layout)[0] is not None
-        return tensor.dtype in (torch.int64, torch.int32, torch.bool, *FLOATS)
-
-
-def _place(tensor: torch.Tensor, layout: Layout) -> tuple[Any, ...]:
-    """Return what names the elements of a tensor within its storage, as they are now."""
-    dense = tensor.permute(layout.order).is_contiguous()
-    where = None if dense else (tensor.shape, tensor.stride())
-    return tensor.storage_offset(), tensor.numel(), tensor.dtype, tensor._version, where
+        if tensor.dtype not in (torch.int64, torch.int32, torch.bool, *FLOATS):
+            return False
+        return _is_output_of(tensor, RELU, LOG_SOFTMAX) or not self._statistics.has(tensor)
 
 
 def _is_parameter(tensor: torch.Tensor) -> bool:
@@ -211,10 +181,20 @@ def _is_parameter(tensor: torch.Tensor) -> bool:
     return isinstance(base, nn.Parameter) or (base.is_leaf and base.requires_grad)
 
 
+def _passes(output: torch.Tensor) -> torch.Tensor:
+    """Return where a ReLU with that output passes a gradient on, which it does for NaN."""
+    return (output <= 0).logical_not_()
+
+
+def _is_output_of(tensor: torch.Tensor, *names: str) -> bool:
+    """Whether an operation of one of these names has computed it."""
+    return tensor.grad_fn is not None and tensor.grad_fn.name() in names
+
+
 def _is_own_output(tensor: torch.Tensor) -> bool:
     """Whether it is a ReLU or log-softmax that saves its own output, not an operation that takes it."""
     made_by: Any = tensor.grad_fn
-    if made_by is None or made_by.name() not in (RELU, LOG_SOFTMAX) or _NOTE in made_by.metadata:
+    if not _is_output_of(tensor, RELU, LOG_SOFTMAX) or _NOTE in made_by.metadata:
         return False
     if made_by._saved_result is not None:  # it was saved before packing began
         return False
