@@ -18,7 +18,7 @@ from gradbits.kernels import coding, onednn, reference
 from gradbits.kernels import quantize as torch_quantize
 from gradbits.kernels.dispatch import Epilogue
 from gradbits.kernels.geometry import ConvGeometry
-from gradbits.kernels.native import packing, products, quantize
+from gradbits.kernels.native import convolutions, packing, products, quantize
 
 Contest = dict[str, Callable[[], object]]
 CONVS = (  # batch, channels in, out, kernel, stride, image side
@@ -113,17 +113,17 @@ def conv_contests() -> dict[str, Contest]:
 
         name = f"{batch}x{ci}->{co}, {k}x{k}/{s}, {side}x{side}"
         contests[f"conv output {name}"] = {
-            "native": lambda x=x, w=w, g=g: products.conv_output(x, w, g, e),
+            "native": lambda x=x, w=w, g=g: convolutions.conv_output(x, w, g, e),
             "torch": lambda x=x, w=w, g=g: onednn.conv_output(x, w, g, e),
             "fp32": lambda fx=fx, fw=fw, g=g: torch.conv2d(fx, fw, None, g.stride, g.padding),
         }
         contests[f"conv grad_input {name}"] = {
-            "native": lambda grad=grad, w=w, g=g: products.conv_grad_input(grad, w, g, e),
+            "native": lambda grad=grad, w=w, g=g: convolutions.conv_grad_input(grad, w, g, e),
             "torch": lambda grad=grad, w=w, g=g: onednn.conv_grad_input(grad, w, g, e),
             "fp32": lambda backward=backward: backward((True, False, False)),
         }
         contests[f"conv grad_weight {name}"] = {
-            "native": lambda grad=grad, x=x, g=g: products.conv_grad_weight(grad, x, g, e),
+            "native": lambda grad=grad, x=x, g=g: convolutions.conv_grad_weight(grad, x, g, e),
             "torch": lambda grad=grad, x=x, g=g: reference.conv_grad_weight(grad, x, g, e),
             "fp32": lambda backward=backward: backward((False, True, False)),
         }
