@@ -96,7 +96,8 @@ def in_result_order(y: torch.Tensor, last: bool) -> torch.Tensor:
     """
     y = channels_last(y) if last else y.contiguous()
     y = y.view(-1).view(y.shape)  # gives axes of size 1 their ordinary strides: later operations may look at them
-    return channels_first(y) if last else y
+    y = channels_first(y) if last else y
+    return y.detach()  # what an autograd function returns must not be a view: it could not be changed in place
 
 
 def pad_spatial(x: torch.Tensor, low: Ints, high: Ints) -> torch.Tensor:

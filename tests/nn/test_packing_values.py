@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gradbits as gb
+from gradbits.kernels.native import library
 from gradbits.nn.norm import NormReLU
 from gradbits.nn.statistics import Statistics
 
@@ -188,6 +189,7 @@ def test_channels_that_differ_in_size(name: str) -> None:
     assert error(lambda: norm(x * 1), [norm.weight], 8) < 0.05
 
 
+@pytest.mark.skipif(library.why_not() is not None, reason=f"no native kernels: {library.why_not()}")
 def test_statistics_of_the_fused_batch_norm() -> None:
     x = torch.randn(4, 384, 8, 8).contiguous(memory_format=torch.channels_last)
     x = (x * 1e-3).requires_grad_()  # so the deviation's inverse is far from the mean, and groups hold both
