@@ -16,6 +16,7 @@ from gradbits.core.errors import ArgumentError
 
 if TYPE_CHECKING:
     from gradbits.storage.budget import Fit
+    from gradbits.storage.compress import CompressReport
     from gradbits.storage.config import CompressConfig
 
 _OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it is there.")]
@@ -88,24 +89,29 @@ def compress(
         if fit.score is not None and fit.baseline is not None:
             print(f"score {fit.score:.6g}, uncompressed {fit.baseline:.6g}, {fit.evaluations} evaluations")
     if not quiet:
-        print_table(
-            ("tensor", "dtype", "shape", "coding", "codebook", "sparsity", "ratio", "max error", "rms error"),
-            [
-                (
-                    one.name,
-                    one.dtype,
-                    shape_text(one.shape),
-                    one.coding,
-                    number_text(one.k, "d"),
-                    number_text(None if one.nnz is None else 1 - one.nnz / max(prod(one.shape), 1), ".3f"),
-                    number_text(one.original / one.stored if one.stored else None, ".1f"),
-                    f"{one.max_error:.3g}",
-                    f"{one.rms_error:.3g}",
-                )
-                for one in report.tensors
-            ],
-        )
+        _print_tensors(report)
     print(f"{target}: {report.original:,} bytes of tensors in a file of {report.stored:,} bytes, {report.ratio:.2f}x")
+
+
+def _print_tensors(report: CompressReport) -> None:
+    """Print how each tensor was stored and what that lost."""
+    print_table(
+        ("tensor", "dtype", "shape", "coding", "codebook", "sparsity", "ratio", "max error", "rms error"),
+        [
+            (
+                one.name,
+                one.dtype,
+                shape_text(one.shape),
+                one.coding,
+                number_text(one.k, "d"),
+                number_text(None if one.nnz is None else 1 - one.nnz / max(prod(one.shape), 1), ".3f"),
+                number_text(one.original / one.stored if one.stored else None, ".1f"),
+                f"{one.max_error:.3g}",
+                f"{one.rms_error:.3g}",
+            )
+            for one in report.tensors
+        ],
+    )
 
 
 def decompress(

@@ -5,9 +5,12 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from gradbits.train.options import TrainOptions
 
 
 def train(
@@ -109,13 +112,8 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again in a folder that is not empty.")] = False,
 ) -> None:
     """Train a small network in few bits, or several side by side, and show what it costs and how good it gets."""
-    from rich.console import Console
-
     from gradbits.core.errors import ArgumentError
-    from gradbits.train.experiment import Experiment
-    from gradbits.train.interrupt import Interrupted
     from gradbits.train.options import TrainOptions
-    from gradbits.train.ranks import joined
 
     if recipe is not None and compare is not None:
         raise ArgumentError(f"recipe={recipe!r}: cannot be combined with compare={compare!r}; name it there")
@@ -159,6 +157,17 @@ def train(
         save_every=save_every,
         log_every=log_every,
     )
+    _run(options, out=out, resume=resume, overwrite=overwrite)
+
+
+def _run(options: TrainOptions, *, out: Path | None, resume: bool, overwrite: bool) -> None:
+    """Train, on this process or as one of several ranks, and say where everything lies."""
+    from rich.console import Console
+
+    from gradbits.train.experiment import Experiment
+    from gradbits.train.interrupt import Interrupted
+    from gradbits.train.ranks import joined
+
     program = [Path(sys.executable).name, "-m", "gradbits"] if sys.argv[0].endswith("__main__.py") else ["gradbits"]
     with joined() as ranks:
         if ranks.world > 1:

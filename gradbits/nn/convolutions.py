@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gradbits.core.errors import ArgumentError
+from gradbits.kernels.geometry import FORMATS
 from gradbits.nn.bilinear import Bilinear
 from gradbits.nn.compiled import call
 from gradbits.nn.conv_products import conv_products
@@ -78,8 +79,7 @@ def _in_format_of(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> tor
 
     Kernels may prefer one order, but a caller's ``view`` must go on working.
     """
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    wanted = formats.get(x.dim())
+    wanted = FORMATS.get(x.dim())
     if wanted is not None and any(
         t.is_contiguous(memory_format=wanted) and not t.is_contiguous() for t in (x, weight) if t.dim() == x.dim()
     ):

@@ -1,4 +1,4 @@
-"""Whether anybody but the next module can see what a module gets and gives."""
+"""When modules have to be computed as they are written: hooks, compilers, transforms and tracers look on."""
 
 from __future__ import annotations
 

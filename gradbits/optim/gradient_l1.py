@@ -82,16 +82,8 @@ def gradient_l1(
     _check_loss(loss)
     if weight == 0.0 and activation == 0.0:
         return loss.new_zeros(())
-    wanted: list[tuple[str, torch.Tensor, float]] = []
-    if weight:
-        wanted += [(name, w, weight) for name, w in _weights(model, layers)]
-    if activation:
-        if not recorded:
-            raise ArgumentError(
-                f"activation={activation}: needs recorded=..., what record_activations(model) gave while the loss was "
-                "computed, with at least one activation that requires a gradient"
-            )
-        wanted += [(name, y, activation) for name, y in _checked(recorded)]
+    wanted = [(name, w, weight) for name, w in _weights(model, layers)] if weight else []
+    wanted += [(name, y, activation) for name, y in _activations(recorded, activation)] if activation else []
     _refuse_quantized(model)
     with torch.autocast(loss.device.type, enabled=False), torch.enable_grad():
         grads = _first_derivatives(loss, [t for _, t, _ in wanted])
@@ -126,7 +118,13 @@ def _check_loss(loss: torch.Tensor) -> None:
         raise ArgumentError("loss: has no gradient; compute it outside of torch.no_grad, before backward")
 
 
-def _checked(recorded: Recorded) -> Recorded:
+def _activations(recorded: Recorded | None, activation: float) -> Recorded:
+    """Return what was recorded, checked."""
+    if not recorded:
+        raise ArgumentError(
+            f"activation={activation}: needs recorded=..., what record_activations(model) gave while the loss was "
+            "computed, with at least one activation that requires a gradient"
+        )
     legal = "must be what record_activations(model) gave, a list of (name, tensor) pairs"
     if not isinstance(recorded, (list, tuple)):
         raise DtypeError(f"recorded: {legal}, not {type(recorded).__name__}")
