@@ -23,6 +23,7 @@ BACKENDS = (
     "gradbits.kernels.native",
     "gradbits.kernels.onednn",
     "gradbits.kernels.quantize",
+    "gradbits.kernels.attention",
     "gradbits.kernels.coding",
     "gradbits.kernels.columns",
     "gradbits.kernels.buckets",
@@ -66,7 +67,7 @@ class Kernel:
 
     op: str
     backend: str
-    run: Callable[..., torch.Tensor]
+    run: Callable[..., Any]
     why_not: Callable[[Request], str | None]
 
 
@@ -144,6 +145,6 @@ def explain(op: str, request: Request) -> list[tuple[str, str]]:
     return [(k.backend, k.why_not(request) or "") for k in kernel_table()[op]]
 
 
-def run(op: str, request: Request, compute: str, *args: Any) -> torch.Tensor:
+def run(op: str, request: Request, compute: str, *args: Any) -> Any:
     """Choose a kernel for ``op`` and run it."""
     return choose(op, request, compute).run(*args)

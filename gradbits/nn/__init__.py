@@ -1,6 +1,7 @@
 """Quantized layers, and the calls that put them into a model."""
 
 from gradbits.nn.activations import pack_activations
+from gradbits.nn.attention import ScaledDotProductAttention
 from gradbits.nn.convert import dequantize_, quantize_
 from gradbits.nn.fuse import fuse_, unfuse_
 from gradbits.nn.integer_convert import convert_
@@ -18,6 +19,7 @@ __all__ = [
     "NoisyRectifier",
     "ReinforceNeuron",
     "Report",
+    "ScaledDotProductAttention",
     "StochasticTimesSmooth",
     "convert_",
     "dequantize_",

@@ -14,6 +14,7 @@ from gradbits.core.checks import check_bits, check_choice, check_module
 from gradbits.core.errors import ArgumentError, DtypeError, FallbackError, NothingToQuantizeError
 from gradbits.kernels.dispatch import COMPUTE
 from gradbits.nn.assignment import Assignment
+from gradbits.nn.attention import ScaledDotProductAttention
 from gradbits.nn.compiled import register
 from gradbits.nn.function import ON_NONFINITE
 from gradbits.nn.graph import trace
@@ -22,6 +23,7 @@ from gradbits.nn.matmul import Matmul
 from gradbits.nn.packing import set_packing
 from gradbits.nn.qat import follow_graph_, leave_graph_
 from gradbits.nn.quantized import Quantized, init_states, spatial_example
+from gradbits.nn.quantized_attention import QuantizedAttention
 from gradbits.nn.report import Report, device_of, named_layers, report, why_not_supported
 from gradbits.recipes import Recipe, recipe
 
@@ -192,6 +194,10 @@ def _decide(
     for role in roles:
         if role in wanted.keep_float:
             return None, f"recipe {wanted.name!r} keeps the {role.replace('_', ' ')} in float (keep_float)", False
+    if isinstance(module, ScaledDotProductAttention):
+        if wanted.attention:
+            return wanted, "", False
+        return None, f"recipe {wanted.name!r} leaves attention in float (attention=False)", False
     if isinstance(module, Matmul):
         if wanted.matmul is False:
             return None, f"recipe {wanted.name!r} leaves attention products in float (matmul=False)", False
@@ -216,14 +222,18 @@ def _layer_reason(module: nn.Module, wanted: Recipe) -> str | None:
 def _assign(
     module: Any, name: str, chosen: Recipe, compute: str, on_nonfinite: str, device: torch.device
 ) -> None:
-    if isinstance(module, Quantized) and module.assignment.recipe == chosen:
+    if isinstance(module, (Quantized, QuantizedAttention)) and module.assignment.recipe == chosen:
         module.assignment.compute, module.assignment.on_nonfinite = compute, on_nonfinite
         module.assignment.name = name
         return
     _to_float(module)
-    module.__class__ = QUANTIZED_CLASSES[type(module)]
+    attends = type(module) is ScaledDotProductAttention
+    module.__class__ = QuantizedAttention if attends else QUANTIZED_CLASSES[type(module)]
     module.__dict__.pop("_gradbits_reason", None)
     module.assignment = Assignment(name, chosen, compute, on_nonfinite)
+    if attends:
+        register(module)
+        return
     states, slots = init_states(module, chosen)
     module.assignment.slots = slots
     if states is not None:
@@ -233,7 +243,7 @@ def _assign(
 
 
 def _to_float(module: Any) -> None:
-    if isinstance(module, Quantized):
+    if isinstance(module, (Quantized, QuantizedAttention)):
         module.__class__ = module.float_class  # type: ignore[assignment]
         del module.assignment
         if hasattr(module, "quantizers"):

@@ -12,15 +12,19 @@ from torch import nn
 from gradbits.core.checks import check_module
 from gradbits.kernels.dispatch import Request, choose
 from gradbits.nn.assignment import QuantizerStates
+from gradbits.nn.attention import ScaledDotProductAttention
 from gradbits.nn.bilinear import OPERANDS
 from gradbits.nn.fuse import fused
 from gradbits.nn.layers import QUANTIZED_CLASSES
 from gradbits.nn.matmul import Matmul
 from gradbits.nn.packing import packing_of
 from gradbits.nn.quantized import Quantized
+from gradbits.nn.quantized_attention import QuantizedAttention
 from gradbits.nn.speed import layer_speeds
 
 PRODUCTS = ("output", "grad_input", "grad_weight")
+# scores, then values; gradients of probabilities and queries; of keys, then values
+ATTENTION_BITS = ("8×8, 14×8", "8×8", "8×8, 14×8")
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,7 @@ def _bits(recipe: Any, product: str) -> str:
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules that a report lists: those with a product of their own."""
-    own = (*QUANTIZED_CLASSES, Matmul)
+    own = (*QUANTIZED_CLASSES, Matmul, ScaledDotProductAttention)
     for name, module in model.named_modules():
         direct = bool(next(module.parameters(recurse=False), None) is not None)
         is_norm = "Norm" in type(module).__name__
@@ -175,7 +179,11 @@ def report(model: nn.Module, inputs: Sequence[Any] | None = None) -> Report:
     speeds = {} if inputs is None else layer_speeds(model, inputs)
     rows = []
     for name, module in named_layers(model):
-        if isinstance(module, Quantized):
+        if isinstance(module, QuantizedAttention):
+            backend = module.kernel("attention", device_of(module, model).type).backend
+            kind, follows = module.float_class.__name__, module.assignment.recipe.name
+            rows.append(Row(name, kind, follows, *ATTENTION_BITS, backend, "", speeds.get(name)))
+        elif isinstance(module, Quantized):
             recipe = module.assignment.recipe
             output, grad_input, grad_weight = (_bits(recipe, p) for p in PRODUCTS)
             kind = module.float_class.__name__
@@ -191,7 +199,7 @@ def report(model: nn.Module, inputs: Sequence[Any] | None = None) -> Report:
 def why_not_supported(module: nn.Module) -> str | None:
     """Return why a module's class cannot be quantized, or None where it can."""
     kind = type(module)
-    if kind in QUANTIZED_CLASSES or isinstance(module, Quantized):
+    if kind in (*QUANTIZED_CLASSES, ScaledDotProductAttention) or isinstance(module, (Quantized, QuantizedAttention)):
         return None
     if hasattr(module, "parametrizations"):
         return "its weight is parametrized; remove the parametrization first"
@@ -199,7 +207,10 @@ def why_not_supported(module: nn.Module) -> str | None:
         if isinstance(module, base):
             return f"{kind.__name__} is a subclass of {base.__name__} that may compute something else"
     if isinstance(module, nn.MultiheadAttention):
-        return "MultiheadAttention multiplies its own weights; build attention from Linear and gradbits.nn.Matmul"
+        return (
+            "MultiheadAttention multiplies its own weights; build attention from Linear and "
+            "gradbits.nn.ScaledDotProductAttention or Matmul"
+        )
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.Bilinear)):
         return f"{kind.__name__} multiplies its own weights, which is not supported"
     return f"{kind.__name__} has no product to quantize"

@@ -12,6 +12,7 @@ from torch import nn
 
 from gradbits.core.errors import ArgumentError
 from gradbits.nn.quantized import Quantized
+from gradbits.nn.quantized_attention import QuantizedAttention
 
 ROUNDS = 3  # of which the fastest counts; the first run of each only warms up
 
@@ -42,7 +43,7 @@ def _inputs_of_layers(model: nn.Module, inputs: Sequence[Any]) -> dict[str, tupl
     seen: dict[str, tuple[nn.Module, tuple[torch.Tensor, ...]]] = {}
     handles = []
     for name, module in model.named_modules():
-        if isinstance(module, Quantized) and isinstance(module, nn.Module):
+        if isinstance(module, (Quantized, QuantizedAttention)) and isinstance(module, nn.Module):
 
             def note(layer: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
                 seen.setdefault(name, (layer, tuple(a.detach() for a in args if isinstance(a, torch.Tensor))))

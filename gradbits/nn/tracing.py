@@ -12,6 +12,7 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate, map_arg
 
 from gradbits.core.errors import GraphError
+from gradbits.nn.attention import ScaledDotProductAttention
 from gradbits.nn.inplace import in_place_operators, make_functional_
 from gradbits.nn.matmul import Matmul
 from gradbits.nn.quantized import Quantized
@@ -36,7 +37,8 @@ for _method, _function in in_place_operators():
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (Quantized, Matmul)) or super().is_leaf_module(m, module_qualified_name)
+        own = isinstance(m, (Quantized, Matmul, ScaledDotProductAttention))
+        return own or super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: Node) -> fx.Proxy:
         return _Proxy(node, self)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gradbits.nn.quantized import Quantized
+from gradbits.nn.quantized_attention import QuantizedAttention
 
 Seen = dict[tuple[str, str], torch.Tensor]
 
@@ -40,7 +41,7 @@ def twice_differentiable(model: nn.Module) -> Iterator[Seen]:
     def note(layer: str, role: str, discretized: torch.Tensor) -> None:
         seen[layer, role] = discretized
 
-    assignments = [m.assignment for m in model.modules() if isinstance(m, Quantized)]
+    assignments = [m.assignment for m in model.modules() if isinstance(m, (Quantized, QuantizedAttention))]
     before = [a.seen for a in assignments]
     for assignment in assignments:
         assignment.seen = note

@@ -60,7 +60,8 @@ def int4_transformer(
         learned_steps: whether the steps are learned; else every batch sets its own, by the formula they start from.
         sampling: whether the backward products sample rows; else they take all of both digits.
         keep: expected fraction of the digits' rows with sampling.
-        attention: of attention products (``gradbits.nn.Matmul``): ``"float"`` or ``"int8_dynamic"``.
+        attention: of attention, fused (``gradbits.nn.ScaledDotProductAttention``) or in products
+            (``gradbits.nn.Matmul``): ``"float"`` or ``"int8_dynamic"``.
         keep_float: layers left in float.
 
     References:
@@ -89,4 +90,5 @@ def int4_transformer(
         share_gradient=True,
         keep_float=tuple(keep_float),
         matmul=int8_dynamic() if attention == "int8_dynamic" else False,
+        attention=attention == "int8_dynamic",
     )

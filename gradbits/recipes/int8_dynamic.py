@@ -17,6 +17,7 @@ def int8_dynamic(
     rows: Grain | str = "tensor",
     share_gradient: bool = True,
     matmul: bool = True,
+    attention: bool = True,
 ) -> Recipe:
     r"""Quantize every operand symmetrically over its own largest magnitude.
 
@@ -33,6 +34,7 @@ def int8_dynamic(
             then an unbiased estimate with that rounding of the input, not with the forward's.
         share_gradient: whether both backward products use one draw of gradient codes (with equal grains).
         matmul: whether attention products are quantized too.
+        attention: whether fused attention is, in 8 bits whatever ``bits`` are.
 
     >>> int8_dynamic().grad_input.gradient.rounding
     'stochastic'
@@ -49,4 +51,5 @@ def int8_dynamic(
         grad_weight=GradWeight(gradient=gradient, input=plain),
         share_gradient=share_gradient,
         matmul=matmul,
+        attention=attention,
     )

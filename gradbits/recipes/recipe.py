@@ -119,6 +119,8 @@ class Recipe(Spec):
         keep_float: layers left in float by their place in the model: ``"first_conv"``, ``"last_linear"``.
         matmul: what attention products (``gradbits.nn.Matmul``) take: True for this recipe, False for float, or a
             recipe of their own.
+        attention: whether fused attention (``gradbits.nn.ScaledDotProductAttention``) multiplies 8-bit codes, the way
+            ``gradbits.kernels.attention`` says; its operands do not follow the quantizers above.
         learning_rate: what the recipe asks of the optimizer, see ``gradbits.optim.attach_companion_``.
         qat: whether and how the graph around the layers is quantized too, so that ``convert_`` can follow.
 
@@ -142,6 +144,7 @@ so its scale cannot leave the integer product; legal are PerTensor() and PerChan
     share_gradient: bool = False
     keep_float: tuple[str, ...] = ()
     matmul: bool | Recipe = True
+    attention: bool = False
     learning_rate: LayerLearningRate | None = None
     qat: QAT | None = None
     quantizer_learning: QuantizerLearning | None = None
@@ -154,6 +157,7 @@ so its scale cannot leave the integer product; legal are PerTensor() and PerChan
             check_instance(getattr(self, product), product, kind, None)
         check_instance(self.share_gradient, "share_gradient", bool)
         check_instance(self.matmul, "matmul", bool, Recipe)
+        check_instance(self.attention, "attention", bool)
         check_instance(self.learning_rate, "learning_rate", LayerLearningRate, None)
         check_instance(self.quantizer_learning, "quantizer_learning", QuantizerLearning, None)
         check_instance(self.hessian, "hessian", HessianScaling, None)

@@ -27,6 +27,7 @@ def unified_int8(
     activation_range: str = "batch",
     rounding: str = "stochastic",
     keep_float: tuple[str, ...] = ("first_conv", "last_linear"),
+    attention: bool = True,
 ) -> Recipe:
     r"""Train in 8 bits with direction-sensitive clipping and deviation-counteractive learning rates.
 
@@ -48,6 +49,7 @@ def unified_int8(
         activation_range: ``"batch"`` takes each batch's max|x|, ``"ema"`` a running one (unconfirmed which).
         rounding: of the gradient; the paper's is unconfirmed, stochastic is our default.
         keep_float: layers left in float: by default the first convolution and the classifier, as in the paper.
+        attention: whether fused attention multiplies 8-bit codes; the paper's networks have none.
 
     References:
         Zhu et al., CVPR 2020, arXiv:1912.12607.
@@ -69,5 +71,6 @@ def unified_int8(
         share_gradient=True,
         keep_float=tuple(keep_float),
         matmul=False,
+        attention=attention,
         learning_rate=LayerLearningRate(alpha=alpha, beta=beta),
     )

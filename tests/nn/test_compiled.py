@@ -36,6 +36,18 @@ class Attention(nn.Module):
         return self.matmul(F.softmax(self.matmul(q, k.transpose(-2, -1)), -1), k)
 
 
+class FusedAttention(nn.Module):
+    """Attention of two heads; an operand of each place wants a gradient or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qk, self.attend = nn.Linear(12, 24), gb.nn.ScaledDotProductAttention(causal=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k = (part.view(*part.shape[:2], 2, 6).transpose(1, 2) for part in self.qk(x).chunk(2, dim=-1))
+        return self.attend(q, k, k.detach()).transpose(1, 2).reshape(x.shape)
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 3, bias=False))
 
@@ -53,6 +65,7 @@ NETS = {
     "tokens": (mlp, (2, 7, 12)),
     "cnn": (cnn, (4, 3, 8, 8)),
     "attention": (Attention, (2, 6, 12)),
+    "fused attention": (FusedAttention, (2, 6, 12)),
 }
 
 

@@ -146,7 +146,7 @@ def test_attention_as_products_is_the_fused_one_and_can_be_quantized():
     for attention in ("float", "int8_dynamic"):
         rows = gb.quantize_(products, gb.recipe("int4_transformer", attention=attention)).rows
         quantized[attention] = {row.name: row.recipe for row in rows if row.kind == "Matmul"}
-    names = [f"blocks.{i}.attention.products.{part}" for i in (0, 1) for part in ("scores", "values")]
+    names = [f"blocks.{i}.attention.attend.{part}" for i in (0, 1) for part in ("scores", "values")]
     assert quantized["float"] == dict.fromkeys(names, "float")
     assert quantized["int8_dynamic"] == dict.fromkeys(names, "int8_dynamic")
     products(tokens).square().mean().backward()

@@ -12,6 +12,7 @@ from gradbits.kernels.dispatch import Kernel, Request
 def kernels() -> tuple[Kernel, ...]:
     """Return the kernels of this backend."""
     from gradbits.kernels.native import buckets, convolutions, huffman, library, packing, products, sums
+    from gradbits.kernels.native.attention import attention, attention_gradients
     from gradbits.kernels.native.columns import column_sums
     from gradbits.kernels.native.digest import digest
     from gradbits.kernels.native.quantize import min_max, quantize, quantize_symmetric
@@ -28,7 +29,7 @@ def kernels() -> tuple[Kernel, ...]:
     )
     functions = (
         *(quantize, quantize_symmetric, min_max, packing.pack, packing.unpack, sums.sum_codes, digest, column_sums),
-        products.matmul,
+        *(products.matmul, attention, attention_gradients),
         *(convolutions.conv_output, convolutions.conv_grad_input, convolutions.conv_grad_weight),
         *wire,
     )

@@ -91,4 +91,6 @@ GB_API int gradbits_gelu(int level, const GeluArgs* args) { return table(level)-
 GB_API int gradbits_column_sums(int level, const ColumnSumsArgs* args) { return table(level)->column_sums(args); }
 
 GB_API int gradbits_digest(int level, const DigestArgs* args) { return table(level)->digest(args); }
+
+GB_API int gradbits_attention(int level, const AttentionArgs* args) { return table(level)->attention(args); }
 }

@@ -12,7 +12,7 @@ GB_END
 #define GB_TABLE(name, rows, columns)                                                                                 \
     {name, avx512::quantize, avx512::range, avx512::symmetric, avx512::rows, avx512::columns, avx512::finish_sums,    \
      avx512::depth_rows, avx512::depth_columns, avx512::pack, avx512::unpack, avx512::sums, avx512::norm, avx512::gelu, \
-     avx512::column_sums, avx512::digest}
+     avx512::column_sums, avx512::digest, avx512::attention}
 const Kernels gb_avx512 = GB_TABLE("avx512_vnni", rows, columns);
 #if GB_AMX
 const Kernels gb_amx = GB_TABLE("avx512_amx", amx_rows, amx_columns);

@@ -30,5 +30,7 @@ namespace {
 #include "gelu.inl"
 #include "column_sums.inl"
 #include "digest.inl"
+#include "attention.inl"
+#include "attention_back.inl"
 }  // namespace
 }  // namespace GB_ISA

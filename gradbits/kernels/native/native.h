@@ -142,6 +142,25 @@ struct ColumnSumsArgs {
     int32_t dtype, threads;
 };
 
+// Rows of heads of samples: where the first is and how far they lie apart; what a row holds is adjacent.
+struct Rows {
+    void* at;
+    int64_t batch, head, row;
+};
+
+// Attention of `batch` samples of `heads` heads, or its gradients where `gradient` is there: then the codes, scales, tops
+// and sums of the forward pass are read. Rows are in `dtype`; codes are [head of all][row][width].
+struct AttentionArgs {
+    Rows query, key, value, output, gradient, grad_query, grad_key, grad_value;
+    int8_t *query_codes, *key_codes, *value_codes;
+    float* scales;         // [3][head of all]
+    int32_t *tops, *sums;  // [head of all][query]
+    int64_t batch, heads, queries, keys, width, value_width;
+    float scale, steepness;
+    int32_t gradient_noise[2], slope_noise[2];
+    int32_t dtype, causal, threads;
+};
+
 struct Kernels {
     const char* name;
     int (*quantize)(const QuantizeArgs*);
@@ -159,6 +178,7 @@ struct Kernels {
     int (*gelu)(const GeluArgs*);
     int (*column_sums)(const ColumnSumsArgs*);
     int (*digest)(const DigestArgs*);
+    int (*attention)(const AttentionArgs*);
 };
 
 extern const Kernels gb_amx, gb_avx512, gb_avx2, gb_portable;

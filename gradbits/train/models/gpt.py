@@ -6,15 +6,15 @@ import math
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from gradbits.core.checks import check_choice, check_integer
 from gradbits.core.errors import ArgumentError
+from gradbits.nn.attention import ScaledDotProductAttention
 from gradbits.nn.matmul import Matmul
 
 
 class Products(nn.Module):
-    """Causal attention as two products that ``quantize_`` finds; the fused function hides them from it."""
+    """Causal attention as two products with a softmax between them, which follow what a recipe says of each operand."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Attention(nn.Module):
     def __init__(self, d_model: int, heads: int, attention: str) -> None:
         super().__init__()
         self.heads = heads
-        self.products = Products() if attention == "products" else None
+        self.attend = Products() if attention == "products" else ScaledDotProductAttention(causal=True)
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.out = nn.Linear(d_model, d_model)
 
@@ -44,10 +44,7 @@ class Attention(nn.Module):
         batch, length, d_model = x.shape
         split = self.qkv(x).view(batch, length, 3, self.heads, d_model // self.heads)
         query, key, value = (part.transpose(1, 2) for part in split.unbind(2))
-        if self.products is None:
-            y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        else:
-            y = self.products(query, key, value)
+        y = self.attend(query, key, value)
         return self.out(y.transpose(1, 2).reshape(batch, length, d_model))
 
 
@@ -115,8 +112,8 @@ def gpt(
         d_model: width of the residual stream; a multiple of ``heads``.
         layers: blocks.
         heads: attention heads of a block.
-        attention: ``"fused"``, PyTorch's function, always in float; or ``"products"``, the same as two
-            ``gradbits.nn.Matmul``, which follow a recipe that quantizes attention products.
+        attention: ``"fused"``, ``gradbits.nn.ScaledDotProductAttention``: PyTorch's function in float, one kernel of
+            ours in 8 bits; or ``"products"``, the same as two ``gradbits.nn.Matmul``, whose operands follow a recipe.
 
     Raises:
         ArgumentError: ``d_model`` is not a multiple of ``heads``.
