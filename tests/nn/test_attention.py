@@ -32,7 +32,7 @@ def operands(*lead, length=20, keys=20, width=16, value_width=16, seed=0):
 
 
 def relative(a, b):
-    return float((a - b).norm() / b.norm())
+    return float(((a - b).norm() / b.norm()).detach())
 
 
 class Block(nn.Module):
