@@ -4,6 +4,10 @@
 static const int64_t MOST_SUMS = 512 << 10;   // that are held at once
 static const int64_t FEWEST_WORDS = 128;      // of a block, where more would leave threads without one
 static const int64_t INT32_TERMS = 131071;    // products of two codes whose sum surely fits in int32
+// With fewer positions for each sum of an output channel, threads take channels each: laying out the gradient for every
+// one of them costs less than adding up the sums of several.
+static const int64_t CHEAP_SUMS = 24;
+static const int64_t FEWEST_CHANNELS = 64;  // of a task then
 
 static void multiply_columns(const ColumnsJob* job, ColumnsSpace* s, const Block* k, int64_t rows, int64_t width, bool add) {
     const Patches f = patches_of(job, k);
@@ -111,8 +115,14 @@ static void size_columns(ColumnsJob* job) {
     int64_t most = MOST_SUMS / (job->rows_each * job->taps) / 16 * 16;
     job->channels_each = p->channels <= most ? p->channels : share(p->channels, most < 16 ? 16 : most, 16);
     job->row_parts = parts_of(p->columns, job->rows_each);
+    const int64_t wanted = p->threads > 1 ? 4 * p->threads : 1, others = p->groups * job->row_parts;
+    if (p->samples * volume(p->count) < CHEAP_SUMS * job->taps * p->channels) {
+        const int64_t fewer = parts_of(p->channels, parts_of(wanted, others));
+        most = share(p->channels, fewer > FEWEST_CHANNELS ? fewer : FEWEST_CHANNELS, 16);
+        if (most < job->channels_each) job->channels_each = most;
+    }
     job->channel_parts = parts_of(p->channels, job->channels_each);
-    const int64_t parts = p->groups * job->row_parts * job->channel_parts, wanted = p->threads > 1 ? 4 * p->threads : 1;
+    const int64_t parts = others * job->channel_parts;
     b->n1 = b->n2 = b->samples = b->slots = b->planes = job->words = 1;
     for (int64_t words = job->way->words; p->samples * volume(p->count) > 0; words /= 2) {
         b->n2 = least(p->count[2], words * G);
@@ -123,7 +133,7 @@ static void size_columns(ColumnsJob* job) {
         if (parts * b->all >= p->threads || words <= FEWEST_WORDS) break;
     }
     int64_t safe = INT32_TERMS / (b->n1 * b->n2 * b->samples);  // blocks whose sums fit in int32
-    job->splits = least(parts_of(wanted, parts), b->all);
+    job->splits = parts >= 2 * p->threads ? 1 : least(parts_of(wanted, parts), b->all);
     job->blocks_each = job->splits > 0 ? parts_of(b->all, job->splits) : 1;
     if (job->blocks_each > safe) job->blocks_each = safe;
     job->splits = b->all > 0 ? parts_of(b->all, job->blocks_each) : 1;

@@ -187,3 +187,7 @@ extern const Kernels gb_amx, gb_avx512, gb_avx2, gb_portable;
 void gb_parallel(int threads, void (*body)(void*), void* data);
 
 static inline int64_t gb_take(int64_t* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
+
+// The same from the last of `count` to the first, then a negative number: a second pass over memory begins with what the
+// first has left in the caches.
+static inline int64_t gb_take_back(int64_t* counter, int64_t count) { return count - 1 - gb_take(counter); }

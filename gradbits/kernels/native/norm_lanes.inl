@@ -144,7 +144,7 @@ static void norm_forward_body(void* data) {
     const int64_t rows = rows_of(p), lanes = p->lanes;
     const float *__restrict scale = job->scale, *__restrict shift = job->shift;
     Widest w = {};
-    for (int64_t task; (task = gb_take(&job->next)) < job->tasks;) {
+    for (int64_t task; (task = gb_take_back(&job->next, job->tasks)) >= 0;) {
         int64_t last = (task + 1) * p->size < rows ? (task + 1) * p->size : rows;
         for (int64_t row = task * p->size; row < last; row++) {
             const int64_t start = row * lanes, left = p->total - start, n = left < lanes ? left : lanes;
@@ -194,7 +194,7 @@ static void norm_backward_body(void* data) {
     const NormArgs* p = job->p;
     const int64_t rows = rows_of(p), lanes = p->lanes;
     Widest w = {};
-    for (int64_t task; (task = gb_take(&job->next)) < job->tasks;) {
+    for (int64_t task; (task = gb_take_back(&job->next, job->tasks)) >= 0;) {
         int64_t last = (task + 1) * p->size < rows ? (task + 1) * p->size : rows;
         for (int64_t row = task * p->size; row < last; row++) {
             const int64_t start = row * lanes, left = p->total - start, n = left < lanes ? left : lanes;

@@ -106,8 +106,9 @@ struct QuantizeJob {
 
 static void quantize_body(void* data) {
     QuantizeJob* job = (QuantizeJob*)data;
-    for (int64_t first; (first = gb_take(&job->next) * TASK) < job->total;) {
-        int64_t last = first + TASK < job->total ? first + TASK : job->total;
+    const int64_t tasks = (job->total + TASK - 1) / TASK;
+    for (int64_t task; (task = gb_take_back(&job->next, tasks)) >= 0;) {
+        int64_t first = task * TASK, last = first + TASK < job->total ? first + TASK : job->total;
         job->span(job->q, first, last);
     }
 }

@@ -56,32 +56,67 @@ static void lay_body(void* data) {
     }
 }
 
+// Lay out the input of a block for one tap of axes 0 and 2: [word][plane][slot][sample][position].
+static void lay_tap(const RowsJob* job, const Block* k, int64_t group, int64_t t0, int64_t t2, uint32_t* a, int64_t pitch) {
+    const ProductArgs* p = job->p;
+    const Blocks* b = &job->blocks;
+    int64_t first, last, column = columns_of(p, k, t2, &first, &last);
+    int64_t i0 = k->at0 * p->stride[0] - p->padding[0] + t0 * p->dilation[0];
+    for (int64_t line = 0; line < b->planes * b->slots; line++) {
+        int64_t i1 = line_in(p, k, line / b->slots, line % b->slots);
+        bool there = inside(i0, p->size[0]) && inside(i1, p->size[1]);
+        for (int64_t s = 0; s < k->samples; s++) {
+            uint32_t* to = a + (line * k->samples + s) * k->n2;
+            int64_t low = there ? first : k->n2, high = there ? last : k->n2;
+            for (int64_t w = 0; w < job->channel_words && (low > 0 || high < k->n2); w++) {
+                weave_zeros(to + w * pitch, low, FLIP);
+                weave_zeros(to + w * pitch + high, k->n2 - high, FLIP);
+            }
+            if (low >= high) continue;
+            const int8_t* x = p->x + group * p->x_group + (k->sample + s) * p->x_sample + i0 * p->x_axis[0] +
+                              i1 * p->x_axis[1] + (column + low * p->stride[2]) * p->x_axis[2];
+            weave(x, p->stride[2] * p->x_axis[2], p->x_channel, high - low, p->channels, 0, p->channels, to + low, pitch,
+                  FLIP);
+        }
+    }
+}
+
+// What a tap sees is what another one sees, `shift` positions further on in lines of n.
+static void shift_tap(const uint32_t* from, int64_t shift, int64_t n, int64_t lines, int64_t words, uint32_t* to,
+                      int64_t pitch) {
+    const int64_t step = shift < 0 ? -shift : shift, gone = least(step, n), all = lines * n;
+    for (int64_t w = 0; w < words; w++, from += pitch, to += pitch) {
+        if (gone < n)
+            __builtin_memcpy(shift < 0 ? to + step : to, shift < 0 ? from : from + step, (size_t)(4 * (all - step)));
+        for (int64_t at = shift < 0 ? 0 : n - gone; at < all; at += n)
+            for (int64_t i = 0; i < gone; i++) to[at + i] = FLIP;
+    }
+}
+
+// The tap of axis 2 that sees every position where it is, if lines are laid out whole, else -1.
+static int64_t tap_in_place(const ProductArgs* p, const Block* k) {
+    const bool whole = p->stride[2] == 1 && k->n2 == p->count[2] && p->count[2] == p->size[2];
+    const int64_t tap = p->padding[2] / p->dilation[2];
+    const bool exact = tap >= 0 && tap < p->taps[2] && tap * p->dilation[2] == p->padding[2];
+    return whole && exact ? tap : -1;
+}
+
 // Lay out the input of a block: [tap 0][tap 2][word][plane][slot][sample][position].
 static void lay_input(const RowsJob* job, const Block* k, int64_t group, uint32_t* a, int64_t pitch) {
     const ProductArgs* p = job->p;
-    const Blocks* b = &job->blocks;
-    for (int64_t t0 = 0; t0 < p->taps[0]; t0++)
-        for (int64_t t2 = 0; t2 < p->taps[2]; t2++, a += job->channel_words * pitch) {
-            int64_t first, last, column = columns_of(p, k, t2, &first, &last);
-            int64_t i0 = k->at0 * p->stride[0] - p->padding[0] + t0 * p->dilation[0];
-            for (int64_t line = 0; line < b->planes * b->slots; line++) {
-                int64_t i1 = line_in(p, k, line / b->slots, line % b->slots);
-                bool there = inside(i0, p->size[0]) && inside(i1, p->size[1]);
-                for (int64_t s = 0; s < k->samples; s++) {
-                    uint32_t* to = a + (line * k->samples + s) * k->n2;
-                    int64_t low = there ? first : k->n2, high = there ? last : k->n2;
-                    for (int64_t w = 0; w < job->channel_words && (low > 0 || high < k->n2); w++) {
-                        weave_zeros(to + w * pitch, low, FLIP);
-                        weave_zeros(to + w * pitch + high, k->n2 - high, FLIP);
-                    }
-                    if (low >= high) continue;
-                    const int8_t* x = p->x + group * p->x_group + (k->sample + s) * p->x_sample + i0 * p->x_axis[0] +
-                                      i1 * p->x_axis[1] + (column + low * p->stride[2]) * p->x_axis[2];
-                    weave(x, p->stride[2] * p->x_axis[2], p->x_channel, high - low, p->channels, 0, p->channels, to + low,
-                          pitch, FLIP);
-                }
-            }
+    const int64_t each = job->channel_words * pitch, lines = job->blocks.planes * job->blocks.slots * k->samples;
+    const int64_t middle = tap_in_place(p, k);
+    for (int64_t t0 = 0; t0 < p->taps[0]; t0++, a += p->taps[2] * each) {
+        if (middle >= 0) lay_tap(job, k, group, t0, middle, a + middle * each, pitch);
+        for (int64_t t2 = 0; t2 < p->taps[2]; t2++) {
+            if (t2 == middle) continue;
+            if (middle < 0)
+                lay_tap(job, k, group, t0, t2, a + t2 * each, pitch);
+            else
+                shift_tap(a + middle * each, (t2 - middle) * p->dilation[2], k->n2, lines, job->channel_words,
+                          a + t2 * each, pitch);
         }
+    }
 }
 
 // Where the positions of a block belong.
