@@ -1,7 +1,7 @@
 """Bits per byte of a small GPT in low precision, on Python's documentation and on a text file of your choice.
 
-A thin wrapper around ``gradbits train --compare``: fp32, bf16, ``int8_dynamic``, ``statquant_psq`` and
-``int4_transformer`` with and without row sampling. Writes ``benchmarks/logs/fqt_gpt_NAME.txt`` and ``.json``:
+A thin wrapper around ``gradbits train --compare``: fp32, bf16, ``int8_dynamic`` with attention in 8 bits and in float,
+``statquant_psq`` and ``int4_transformer`` with and without row sampling. Writes ``benchmarks/logs/fqt_gpt_NAME.txt`` and ``.json``:
 
     python benchmarks/fqt_gpt.py [--text FILE] [--steps N] [--seeds 0,1,2] [--limit N] [--out FOLDER]
 
@@ -20,6 +20,7 @@ NETWORKS = (
     "fp32",
     "bf16",
     "int8_dynamic",
+    "int8_dynamic:attention=false",
     "statquant_psq",
     "int4_transformer",
     "int4_transformer:grad_input.sampling=null:grad_weight.sampling=null",
