@@ -1,7 +1,8 @@
 """Bits per byte of a small GPT in low precision, on Python's documentation and on a text file of your choice.
 
 A thin wrapper around ``gradbits train --compare``: fp32, bf16, ``int8_dynamic`` with attention in 8 bits and in float,
-``statquant_psq`` and ``int4_transformer`` with and without row sampling. Writes ``benchmarks/logs/fqt_gpt_NAME.txt`` and ``.json``:
+``statquant_psq`` and ``int4_transformer`` with and without row sampling. Writes ``benchmarks/logs/fqt_gpt_NAME.txt``
+and ``.json``:
 
     python benchmarks/fqt_gpt.py [--text FILE] [--steps N] [--seeds 0,1,2] [--limit N] [--out FOLDER]
 

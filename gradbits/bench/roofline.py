@@ -16,8 +16,8 @@ COPY = 1 << 25  # floats that are copied: far more than caches hold
 def roofline(clock: Callable[[], float] = time.perf_counter, repeats: int = 5, side: int = SIDE) -> dict[str, float]:
     """Return the machine's limits: operations a second in fp32, bf16 and int8, and bytes a second of a copy.
 
-    Each is the fastest of several large runs on as many threads as PyTorch has; a multiplication and an addition count
-    as two operations, a copied byte as read and written.
+    Each is the fastest of several large runs on as many threads as PyTorch has, by each library that computes it; a
+    multiplication and an addition count as two operations, a copied byte as read and written.
 
     Args:
         clock: returns seconds.
@@ -36,8 +36,8 @@ def roofline(clock: Callable[[], float] = time.perf_counter, repeats: int = 5, s
     big = min(COPY, side * side * 8)
     source, target = torch.ones(big), torch.ones(big)
     runs: dict[str, tuple[float, tuple[Callable[[], object], ...]]] = {
-        "fp32": (2.0 * side**3, (lambda: floats[0] @ floats[1],)),
-        "bf16": (2.0 * side**3, (lambda: halves[0] @ halves[1],)),
+        "fp32": (2.0 * side**3, _ways(floats)),
+        "bf16": (2.0 * side**3, _ways(halves)),
         "int8": (
             2.0 * side**3,
             (lambda: torch._int_mm(codes[0], codes[1]), lambda: product.run(codes[0], codes[1], plain)),
@@ -45,6 +45,13 @@ def roofline(clock: Callable[[], float] = time.perf_counter, repeats: int = 5, s
         "memory": (2.0 * source.nbytes, (lambda: target.copy_(source),)),
     }
     return {name: amount / min(_fastest(run, clock, repeats) for run in ways) for name, (amount, ways) in runs.items()}
+
+
+def _ways(pair: torch.Tensor) -> tuple[Callable[[], object], ...]:
+    """Return a product of two matrices and the same as a convolution: PyTorch computes them by different libraries."""
+    a, b = pair
+    image, weight = a.t()[None, :, None].to(memory_format=torch.channels_last), b.t()[..., None, None].contiguous()
+    return (lambda: a @ b, lambda: torch.nn.functional.conv2d(image, weight))
 
 
 def _fastest(run: Callable[[], object], clock: Callable[[], float], repeats: int) -> float:
