@@ -152,7 +152,7 @@ def _attention(
     sums = torch.empty_like(tops)
     for block in _blocks(length, max(BLOCK, AT_ONCE // (heads * keys))):
         rows, hidden = slice(block.start, block.stop), how.hidden(block, keys, q.device)
-        scores = product(q[:, rows], k.mT).to(torch.int32)
+        scores = product(q[:, rows], k.mT)
         tops[:, rows] = scores.masked_fill(hidden, torch.iinfo(torch.int32).min).amax(-1)
         p = _probabilities(scores, tops[:, rows], scales, how, hidden)
         sums[:, rows] = p.sum(-1)
@@ -179,19 +179,21 @@ def _gradients(
     across = _noise(noise[1], (heads, keys, length), device).transpose(1, 2)
     dq, dk, dv = (torch.zeros(x.shape, device=device) for x in (q, k, v))
     for block in _blocks(length, BLOCK):
-        rows, hidden = slice(block.start, block.stop), how.hidden(block, keys, device)
+        seen = min(keys, block.stop) if how.causal else keys
+        rows, hidden = slice(block.start, block.stop), how.hidden(block, seen, device)
         codes, sg = _codes(flat[:, rows], (1, 2), along[:, rows])
-        scores, x = (product(a, b.mT).to(torch.int32) for a, b in ((q[:, rows], k), (codes, v)))
+        scores, x = (product(a, b[:, :seen].mT) for a, b in ((q[:, rows], k), (codes, v)))
         p = _probabilities(scores, tops[:, rows], scales, how, hidden)
         total = sums[:, rows].float().unsqueeze(-1)
         mean = (p.long() * x).sum(-1, keepdim=True).float() / total
-        ds, sd = _codes((p.float() * (x.float() - mean)) * ((sg * sv) / total), (1, 2), across[:, rows])
-        dq[:, rows] = product(ds, k).float() * ((sd * sk) * sigma)
-        dk += product(ds.mT, q[:, rows]).float() * ((sd * sq) * sigma)
+        slope = (p.float() * (x.float() - mean)) * ((sg * sv) / total)
+        ds, sd = _codes(slope, (1, 2), across[:, rows, :seen])
+        dq[:, rows] = product(ds, k[:, :seen]).float() * ((sd * sk) * sigma)
+        dk[:, :seen] += product(ds.mT, q[:, rows]).float() * ((sd * sq) * sigma)
         least = sums[:, rows].amin(-1).float().view(-1, 1, 1)
         even = torch.round(p.float() * (least / total)).to(torch.int32)
         poison = torch.where(sv.isnan(), sv, sg)
-        dv += _joined(*(product(digit.mT, codes) for digit in _digits(even))) * (poison / least)
+        dv[:, :seen] += _joined(*(product(digit.mT, codes) for digit in _digits(even))) * (poison / least)
     return tuple(_in_heads(x, g) for x in (dq, dk, dv))
 
 
@@ -210,18 +212,21 @@ def _of_integers(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.stack([int_product(x, y) for x, y in zip(a, b, strict=True)])
 
 
-def _in_float64(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return (a.double() @ b.double()).long()
+def _in_float(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return the product of all heads at once, in the narrower float that surely holds its sums."""
+    dtype = torch.float32 if a.shape[-1] * 127 * 127 < 1 << 24 else torch.float64
+    return (a.to(dtype) @ b.to(dtype)).to(torch.int32)
 
 
 def kernels() -> tuple[Kernel, ...]:
-    """Return attention with products of integers, and simulated in float64."""
+    """Return attention with products of integers, and simulated in float."""
 
     def why_not(request: Request) -> str | None:
         return None if request.terms <= INT32_TERMS else f"{request.terms} keys are more than {INT32_TERMS}"
 
     found = []
-    for backend, product in (("reference", _of_integers), ("simulate", _in_float64)):
+    # integers by torch operations are multiplied head by head: as fast as floats on a processor, far slower elsewhere
+    for backend, product in (("simulate", _in_float), ("reference", _of_integers)):
         for op, run in (("attention", _attention), ("attention_gradients", _gradients)):
             found.append(Kernel(op, backend, partial(run, product), why_not))
     return tuple(found)
