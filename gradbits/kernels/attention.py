@@ -3,10 +3,11 @@ r"""Attention in 8 bits: what every backend computes, here with torch operations
 Each head has one scale for each of its queries, keys and values, :math:`Q \approx s_q\,q`. With :math:`c = s_q s_k
 \sigma \log_2 e`, row i of the scores :math:`S = q\,k^\top` and its largest entry :math:`m_i`,
 
-.. math:: p_{ij} = \mathrm{round}\big(16383 \cdot 2^{c (S_{ij} - m_i)}\big), \quad l_i = \sum_j p_{ij}, \quad
+.. math:: p_{ij} = \mathrm{round}\big((2^{21} - 1)\, 2^{c (S_{ij} - m_i)}\big), \quad l_i = \sum_j p_{ij}, \quad
     O = \frac{s_v}{l}\, p\, v
 
-Probabilities have 14 bits, two digits of 7: they span orders of magnitude, and 8 bits would lose all but the largest.
+Probabilities have 21 bits, three digits of 7: they span orders of magnitude, and many small ones beside a large one, as
+thousands of keys that share what one of them leaves, must not round to nothing.
 The backward pass takes 32 queries at a time. Their gradient G is rounded stochastically to codes g of one scale
 :math:`s_g`, and
 
@@ -21,7 +22,7 @@ over blocks is summed in float32, from the first to the last.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -33,9 +34,9 @@ from gradbits.kernels.quantize import TINY
 from gradbits.kernels.reference import int_product
 
 BLOCK = 32  # queries of a block
-TOP = 16383  # code of a row's largest probability
-DIGIT = 7  # bits of the lower digit of a probability
-NOTHING = 16  # 2^-16 of the largest probability rounds to 0
+DIGITS, DIGIT = 3, 7  # of a probability; bits of one
+TOP = (1 << DIGITS * DIGIT) - 1  # code of a row's largest probability
+NOTHING = 23  # 2^-23 of the largest probability rounds to 0
 STEEPEST = 2.0**100  # exponents stay finite where scales are huge
 CURVE = (0.01355575, 0.05203237, 0.24137977, 0.69303215, 1.0)  # 2^f for f in [0, 1), within 4e-6
 AT_ONCE = 1 << 22  # scores that are in memory at once
@@ -51,7 +52,7 @@ class Attended:
         query, key, value: int8 codes [batch * heads, length, width].
         scales: float32 [3, batch * heads], of queries, keys and values; NaN where a head holds NaN or Inf.
         tops: int32 [batch * heads, queries], the largest score of each.
-        sums: int32 [batch * heads, queries], the sum of each one's probabilities.
+        sums: int64 [batch * heads, queries], the sum of each one's probabilities.
     """
 
     output: torch.Tensor
@@ -106,14 +107,24 @@ def _codes(x: torch.Tensor, dims: tuple[int, ...], noise: torch.Tensor | float) 
     return codes.to(torch.int8).contiguous(), scale
 
 
-def _digits(p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the higher and the lower digit of probabilities."""
-    return (p >> DIGIT).to(torch.int8), (p & ((1 << DIGIT) - 1)).to(torch.int8)
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """Return queries, keys or values [..., length, width] as the products see them."""
+    codes, scale = _codes(x.detach().float(), (-2, -1), 0.0)
+    return (codes * scale).to(x.dtype)
 
 
-def _joined(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+def _digits(p: torch.Tensor) -> list[torch.Tensor]:
+    """Return the digits of probabilities, the highest first."""
+    return [((p >> DIGIT * i) & ((1 << DIGIT) - 1)).to(torch.int8) for i in reversed(range(DIGITS))]
+
+
+def _joined(products: Iterable[torch.Tensor]) -> torch.Tensor:
     """Return the product of probabilities from those of their digits."""
-    return high.float() * float(1 << DIGIT) + low.float()
+    first, *others = products
+    total = first.float()
+    for product in others:
+        total = total * float(1 << DIGIT) + product.float()
+    return total
 
 
 def _probabilities(
@@ -149,7 +160,7 @@ def _attention(
     output = empty_output(query, value.shape[-1])
     flat_output = torch.empty(heads, length, v.shape[2], device=q.device)
     tops = torch.empty(heads, length, dtype=torch.int32, device=q.device)
-    sums = torch.empty_like(tops)
+    sums = torch.empty(heads, length, dtype=torch.int64, device=q.device)
     for block in _blocks(length, max(BLOCK, AT_ONCE // (heads * keys))):
         rows, hidden = slice(block.start, block.stop), how.hidden(block, keys, q.device)
         scores = product(q[:, rows], k.mT)
@@ -157,7 +168,7 @@ def _attention(
         p = _probabilities(scores, tops[:, rows], scales, how, hidden)
         sums[:, rows] = p.sum(-1)
         size = scales[2].view(-1, 1) / sums[:, rows].float()
-        flat_output[:, rows] = _joined(*(product(digit, v) for digit in _digits(p))) * size.unsqueeze(-1)
+        flat_output[:, rows] = _joined(product(digit, v) for digit in _digits(p)) * size.unsqueeze(-1)
     output.copy_(flat_output.view(output.shape))
     return Attended(output, q, k, v, scales, tops, sums)
 
@@ -193,7 +204,7 @@ def _gradients(
         least = sums[:, rows].amin(-1).float().view(-1, 1, 1)
         even = torch.round(p.float() * (least / total)).to(torch.int32)
         poison = torch.where(sv.isnan(), sv, sg)
-        dv[:, :seen] += _joined(*(product(digit.mT, codes) for digit in _digits(even))) * (poison / least)
+        dv[:, :seen] += _joined(product(digit.mT, codes) for digit in _digits(even)) * (poison / least)
     return tuple(_in_heads(x, g) for x in (dq, dk, dv))
 
 

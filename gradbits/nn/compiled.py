@@ -15,10 +15,12 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 _LAYERS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count(1)
-_KEPT: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}  # by token: a layer's output, and what has gradients
+# by token: where a layer's output is in autograd's graph, and what has gradients
+_KEPT: dict[int, tuple[GradientEdge, list[torch.Tensor]]] = {}
 
 
 def register(layer: Any) -> None:
@@ -76,6 +78,35 @@ def _define() -> None:
     gradients.register_fake(_fake_gradients)
 
 
+class _Lent(torch.autograd.Function):
+    """An activation whose gradient goes to a stand-in without memory, so that autograd does not hold it as a leaf."""
+
+    @staticmethod
+    def forward(ctx: Any, stand_in: torch.Tensor, x: list[torch.Tensor]) -> torch.Tensor:
+        return x[0].detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0], None
+
+
+def _operand(t: torch.Tensor | None, wanted: bool, kept: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return an operand as a layer gets it, and what its gradient is asked for.
+
+    Args:
+        t: the operand, or None.
+        wanted: whether it has a gradient.
+        kept: whether it is a parameter, which stays in memory anyway.
+    """
+    if t is None or not wanted:
+        return (None if t is None else t.detach()), None
+    if kept:
+        leaf = t.detach().requires_grad_()
+        return leaf, leaf
+    stand_in = t.new_empty(()).expand(t.shape).requires_grad_()
+    return _Lent.apply(stand_in, [t]), stand_in
+
+
 def _output(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -85,17 +116,19 @@ def _output(
     grads: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     token = torch.zeros(1, dtype=torch.int64)
-    operands = [
-        None if t is None else t.detach().requires_grad_(wanted)
-        for t, wanted in zip((x, weight, bias), grads, strict=True)
-    ]
-    with _recording(any(grads)), torch.autocast(x.device.type, cast, enabled=cast is not None):
-        y = _LAYERS[layer].compute(*operands)
-    if any(grads):
-        number = next(_NUMBERS)
-        token.fill_(number)
-        _KEPT[number] = (y, [t for t in operands if t is not None and t.requires_grad])
-        weakref.finalize(token, _KEPT.pop, number, None)
+    own = bool(next(_LAYERS[layer].parameters(recurse=False), None) is not None)
+    with _recording(any(grads)):
+        pairs = [
+            _operand(t, wanted, kept)
+            for t, wanted, kept in zip((x, weight, bias), grads, (False, own, own), strict=True)
+        ]
+        with torch.autocast(x.device.type, cast, enabled=cast is not None):
+            y = _LAYERS[layer].compute(*(operand for operand, _ in pairs))
+        if any(grads):
+            number = next(_NUMBERS)
+            token.fill_(number)
+            _KEPT[number] = (get_gradient_edge(y), [leaf for _, leaf in pairs if leaf is not None])
+            weakref.finalize(token, _KEPT.pop, number, None)
     return y.detach(), token
 
 
@@ -113,51 +146,61 @@ def _fake_output(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weight, bias, _, _, ctx.grads = inputs
-    ctx.save_for_backward(output[1], weight, bias)
-    ctx.shape, ctx.dtype = x.shape, x.dtype
+    *operands, _, _, ctx.grads = inputs
+    x = operands[0]
+    ctx.save_for_backward(output[1])
+    ctx.shapes = [[] if t is None else list(t.shape) for t in operands]
+    ctx.dtypes = [x.dtype if t is None else t.dtype for t in operands]
     ctx.last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _backward(ctx: Any, g: torch.Tensor, _: Any) -> tuple[Any, ...]:
-    token, weight, bias = ctx.saved_tensors
-    found = torch.ops.gradbits.layer_gradients(
-        g, token, weight, bias, list(ctx.shape), ctx.dtype, ctx.last, list(ctx.grads)
-    )
+    (token,) = ctx.saved_tensors
+    found = torch.ops.gradbits.layer_gradients(g, token, *ctx.shapes, *ctx.dtypes, ctx.last, list(ctx.grads))
     return *(t if wanted else None for t, wanted in zip(found, ctx.grads, strict=True)), None, None, None
 
 
 def _gradients(
     g: torch.Tensor,
     token: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    shape: Sequence[int],
-    dtype: torch.dtype,
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    bias_shape: Sequence[int],
+    x_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
     last: bool,
     grads: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     y, operands = _KEPT[int(token)]
     with _recording(True):
         found = iter(torch.autograd.grad(y, operands, g, retain_graph=True))
-    x, w, b = (next(found) if wanted else g.new_empty(0) for wanted in grads)
+    x, w, b = (_whole(next(found)) if wanted else g.new_empty(0) for wanted in grads)
     if grads[0]:
         x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     return x, w.contiguous(), b.contiguous()
 
 
+def _whole(x: torch.Tensor) -> torch.Tensor:
+    """Return a gradient as an operator may: those without elements may be one tensor for several operands."""
+    return x if x.numel() else torch.empty_like(x)
+
+
 def _fake_gradients(
     g: torch.Tensor,
     token: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    shape: Sequence[int],
-    dtype: torch.dtype,
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    bias_shape: Sequence[int],
+    x_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
     last: bool,
     grads: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    order = torch.channels_last if last else torch.contiguous_format
-    x = g.new_empty(tuple(shape), dtype=dtype).contiguous(memory_format=order) if grads[0] else g.new_empty(0)
-    w = torch.empty(weight.shape, dtype=weight.dtype, device=g.device) if grads[1] else g.new_empty(0)
-    b = torch.empty(bias.shape, dtype=bias.dtype, device=g.device) if bias is not None and grads[2] else g.new_empty(0)
-    return x, w, b
+    shapes, dtypes = (x_shape, weight_shape, bias_shape), (x_dtype, weight_dtype, bias_dtype)
+    x, w, b = (
+        g.new_empty(tuple(shape), dtype=dtype) if wanted else g.new_empty(0)
+        for shape, dtype, wanted in zip(shapes, dtypes, grads, strict=True)
+    )
+    return x.contiguous(memory_format=torch.channels_last) if grads[0] and last else x, w, b

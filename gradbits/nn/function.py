@@ -79,7 +79,7 @@ class QuantizedProduct(torch.autograd.Function):
         ctx.like = {role: (value.shape, value.dtype) for role, value in values.items()}
         ctx.plain = x.is_contiguous()
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
+        return y.detach() if y._is_view() else y  # a view could not be changed in place
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gradbits.core.checks import check_float_tensor
 from gradbits.core.errors import ArgumentError, DoubleBackwardError, NonFiniteError, UnsupportedError
 from gradbits.core.noise import NoiseKey, draw_seed
-from gradbits.kernels.attention import Attending, empty_output
+from gradbits.kernels.attention import Attending, empty_output, rounded
 from gradbits.kernels.dispatch import INT32_TERMS, Kernel, Request, choose
 from gradbits.nn.assignment import Assignment
 from gradbits.nn.attention import ScaledDotProductAttention
@@ -60,7 +61,7 @@ class AttentionFunction(torch.autograd.Function):
         ctx.save_for_backward(*found.saved)
         ctx.call = call
         output: torch.Tensor = found.output
-        return output
+        return output.detach()  # no view, so that it can be changed in place
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:
@@ -126,22 +127,27 @@ class QuantizedAttention(ScaledDotProductAttention):
         a, operands, device = self.assignment, (query, key, value), query.device.type
         for name, x in zip(NAMES, operands, strict=True):
             refuse_transforms(a.name, x)
+            check_float_tensor(x, name)
             if x.dim() < 2:
                 raise ArgumentError(f"{name}: shape {tuple(x.shape)} of layer {a.name!r} must be [..., length, width]")
         if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
             shapes = ", ".join(str(tuple(x.shape)) for x in operands)
             raise ArgumentError(f"query, key, value: shapes {shapes} of layer {a.name!r} do not fit together")
-        if key.shape[-2] > INT32_TERMS:
-            raise ArgumentError(f"key: {key.shape[-2]} keys of layer {a.name!r}; at most {INT32_TERMS} fit in int32")
+        if max(key.shape[-2], key.shape[-1], value.shape[-1]) > INT32_TERMS:
+            shapes = f"{tuple(key.shape)} and {tuple(value.shape)}"
+            raise ArgumentError(
+                f"key, value: shapes {shapes} of layer {a.name!r}; a sum in int32 has at most {INT32_TERMS} terms"
+            )
         dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         if a.seen is not None:
             with sdpa_kernel(SDPBackend.MATH):  # the one that can be differentiated twice
-                return super().forward(*(x.to(dtype) for x in operands))
+                return super().forward(*(x.to(dtype) + (rounded(x) - x).detach().to(dtype) for x in operands))
         lead, like = self._lead(*operands), self.like_output(*operands)
         if 0 in (*lead, query.shape[-2], *key.shape[-2:], value.shape[-1]):
-            return super().forward(*(x.to(dtype).expand(*lead, *x.shape[-2:]) for x in operands))
+            nothing = super().forward(*(x.to(dtype).expand(*lead, *x.shape[-2:]) for x in operands))
+            return torch.empty_like(like, dtype=dtype).copy_(nothing)
         grouped = [_in_heads(x.to(dtype), lead) for x in operands]
         given = AttentionCall(
             how=Attending(self.causal, query.shape[-1] ** -0.5 if self.scale is None else float(self.scale)),

@@ -24,7 +24,7 @@ from gradbits.nn.speed import layer_speeds
 
 PRODUCTS = ("output", "grad_input", "grad_weight")
 # scores, then values; gradients of probabilities and queries; of keys, then values
-ATTENTION_BITS = ("8×8, 14×8", "8×8", "8×8, 14×8")
+ATTENTION_BITS = ("8×8, 21×8", "8×8", "8×8, 21×8")
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def why_not_supported(module: nn.Module) -> str | None:
         return None
     if hasattr(module, "parametrizations"):
         return "its weight is parametrized; remove the parametrization first"
-    for base in QUANTIZED_CLASSES:
+    for base in (*QUANTIZED_CLASSES, ScaledDotProductAttention):
         if isinstance(module, base):
             return f"{kind.__name__} is a subclass of {base.__name__} that may compute something else"
     if isinstance(module, nn.MultiheadAttention):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import time
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -45,10 +47,11 @@ def _inputs_of_layers(model: nn.Module, inputs: Sequence[Any]) -> dict[str, tupl
     for name, module in model.named_modules():
         if isinstance(module, (Quantized, QuantizedAttention)) and isinstance(module, nn.Module):
 
-            def note(layer: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                seen.setdefault(name, (layer, tuple(a.detach() for a in args if isinstance(a, torch.Tensor))))
+            def note(layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any], name: str = name) -> None:
+                in_order = inspect.signature(type(layer).forward).bind(layer, *args, **named).args[1:]
+                seen.setdefault(name, (layer, tuple(a.detach() for a in in_order if isinstance(a, torch.Tensor))))
 
-            handles.append(module.register_forward_pre_hook(note))
+            handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()  # running statistics stay
@@ -70,7 +73,9 @@ def _ratio(layer: Any, given: tuple[torch.Tensor, ...]) -> float:
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             getattr(module, hooks).clear()
         module.train()
-    x = tuple(t.clone().requires_grad_() if t.is_floating_point() else t for t in given)
+    floats = [t.dtype for t in given if t.is_floating_point()]  # they differ where autocast brought them together
+    widest = reduce(torch.promote_types, floats, torch.bfloat16) if len(set(floats)) > 1 else None
+    x = tuple(t.to(widest or t.dtype, copy=True).requires_grad_() if t.is_floating_point() else t for t in given)
     g = torch.ones_like(twin(*x))
     times = {id(own): float("inf"), id(twin): float("inf")}
     for turn in range(ROUNDS + 1):

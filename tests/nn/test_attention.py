@@ -143,7 +143,7 @@ def test_report_and_rules():
     net = Block()
     assert gb.report(net).left_alone[1].reason == "quantize_ was not asked to"
     row = next(r for r in gb.quantize_(net, "int8_dynamic").rows if r.name == "attend")
-    assert (row.kind, row.recipe, row.output) == ("ScaledDotProductAttention", "int8_dynamic", "8×8, 14×8")
+    assert (row.kind, row.recipe, row.output) == ("ScaledDotProductAttention", "int8_dynamic", "8×8, 21×8")
     assert str(gb.report(net)).endswith("3 of 3 layers quantized")
     speeds = gb.report(net, (torch.randn(2, 9, 16),))
     assert all(r.speed is not None for r in speeds.rows)
@@ -206,6 +206,63 @@ def test_second_derivatives_where_they_were_asked_for():
         (g,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
     g.abs().sum().backward()
     assert all(p.grad is not None for p in net.qkv.parameters())
+
+
+@pytest.mark.parametrize("lead", [(2,), (2, 3)])
+def test_its_output_can_be_changed_in_place(lead):
+    given_ = operands(*lead)
+    y = attention()(*given_)
+    wanted = torch.autograd.grad(2 * attention().eval()(*given_), given_, torch.ones_like(y))
+    y.mul_(2)
+    y.transpose(-2, -3).flatten(-2).add_(1)
+    assert [g.shape for g in torch.autograd.grad(y.sum(), given_)] == [g.shape for g in wanted]
+
+
+def test_hooks_may_give_back_other_strides():
+    given_, net = operands(2, 3), attention()
+    found = []
+    for unpack in (lambda t: t, lambda t: t.mT.contiguous().mT):
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            y = net(*given_)
+        found.append(torch.autograd.grad(y.square().sum(), given_))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_report_times_calls_by_name_and_of_mixed_dtypes():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attend = gb.nn.ScaledDotProductAttention()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.attend(query=x, value=x.bfloat16(), key=x)
+
+    net = Named()
+    gb.quantize_(net, "int8_dynamic")
+    assert gb.report(net, (torch.randn(2, 2, 9, 16),)).rows[0].speed is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
+def test_what_is_not_a_float(dtype):
+    with pytest.raises(DtypeError, match=r"query: dtype .* is not supported"):
+        attention()(*(torch.ones(2, 3, 4, 8, dtype=dtype) for _ in range(3)))
+
+
+def test_sums_that_int32_cannot_hold():
+    x = torch.ones(1, 1, 1, 131_072)
+    with pytest.raises(ArgumentError, match="at most 131071 terms"):
+        attention()(x, x, x)
+    with pytest.raises(ArgumentError, match="at most 131071 terms"):
+        attention()(x[..., :1], x.mT, x.mT)
+
+
+def test_second_derivatives_see_the_same_values():
+    net, given_ = attention(), operands(2, 3)
+    with twice_differentiable(net):
+        y = net(*given_)
+    assert relative(y, net(*given_)) < 1e-5
 
 
 @pytest.mark.parametrize("which", range(3))

@@ -120,6 +120,34 @@ def test_ranges_that_remember_are_updated():
     assert any(bool(b.isfinite().all()) for b in net[0].quantizers.buffers())
 
 
+@pytest.mark.parametrize("name", ["attention", "fused attention"])
+def test_no_float_of_an_activation_is_kept_for_the_backward_pass(name):
+    torch.manual_seed(0)
+    build, shape = NETS[name]
+    net = build()
+    gb.quantize_(net, "int8_dynamic")
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    gc.collect()
+    module._KEPT.clear()
+    y = compiled(torch.randn(shape).requires_grad_())
+    parameters = {p.data_ptr() for p in net.parameters()}
+    leaves = [t for _, kept in module._KEPT.values() for t in kept if t.data_ptr() not in parameters]
+    assert leaves
+    assert all(t.untyped_storage().nbytes() <= t.element_size() for t in leaves)
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("lengths", [(0, 5), (5, 0)])
+def test_attention_to_nothing(lengths):
+    net = gb.nn.ScaledDotProductAttention()
+    gb.quantize_(net, "int8_dynamic")
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    given_ = [torch.ones(2, 3, n, 4).requires_grad_() for n in (lengths[0], lengths[1], lengths[1])]
+    got, want = compiled(*given_), net(*given_)
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    assert [g.shape for g in torch.autograd.grad(got.sum(), given_)] == [x.shape for x in given_]
+
+
 def test_evaluation_keeps_nothing():
     net = mlp().eval()
     gb.quantize_(net, gb.recipe("int8_dynamic"))

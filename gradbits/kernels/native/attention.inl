@@ -3,7 +3,7 @@
 // A thread takes a head, and 32 of its queries at a time, which lie in the lanes: scores are [key][query]. Products are
 // those of tile.inl; operand a travels as code + 128, operand b lies in panels of 16 columns.
 
-enum { LINE = 32, DIGIT = 7, TOP = 16383, NOTHING = 16 };  // queries of a block; see attention.py
+enum { LINE = 32, DIGITS = 3, DIGIT = 7, TOP = (1 << 21) - 1, NOTHING = 23 };  // queries of a block; see attention.py
 
 // Operand b of a product: `panels` panels of `words` words, and what takes off the 128 of operand a.
 struct Panels {
@@ -20,8 +20,8 @@ struct HeadSpace {
     uint32_t *key_words, *value_words;     // operands a: [channel word][key]
     uint32_t* words;                       // operand a of a block
     int32_t *scores, *x;                   // [key][query]
-    int32_t *sums, *low;                   // what products give
-    int8_t *high_digit, *low_digit, *slopes, *codes;  // [key][query], the gradient's [query][channel]
+    int32_t* sums[DIGITS];                 // what products give
+    int8_t *digits[DIGITS], *slopes, *codes;  // [key][query], the highest first; the gradient's, [query][channel]
     float *grad_key, *grad_value;                     // [key][channel]
     int32_t* place;
     char* memory;
@@ -150,10 +150,13 @@ static void tops_of(const AttentionArgs* p, const int32_t* scores, int64_t first
     }
 }
 
-// The digits of probabilities.
-GB_INLINE void digits_of(const int32_t* __restrict p, int8_t* __restrict high, int8_t* __restrict low) {
-    GB_INDEPENDENT
-    for (int i = 0; i < LINE; i++) high[i] = (int8_t)(p[i] >> DIGIT), low[i] = (int8_t)(p[i] & ((1 << DIGIT) - 1));
+// The digits of probabilities for key j.
+GB_INLINE void digits_of(const int32_t* __restrict p, const HeadSpace* s, int64_t j) {
+    GB_UNROLL for (int d = 0; d < DIGITS; d++) {
+        int8_t* __restrict to = s->digits[d] + j * LINE;
+        GB_INDEPENDENT
+        for (int i = 0; i < LINE; i++) to[i] = (int8_t)(p[i] >> DIGIT * (DIGITS - 1 - d) & ((1 << DIGIT) - 1));
+    }
 }
 
 // A block of queries to operand a: [key word][query].
@@ -162,17 +165,23 @@ static const uint32_t* lay_lines(const HeadSpace* s, const int8_t* digit, int64_
     return s->words;
 }
 
-// Rows of sums times one scale each, or both digits' sums.
-template <class T>
-GB_INLINE void store_row(const int32_t* __restrict high, const int32_t* __restrict low, int64_t n, float scale,
-                         T* __restrict to) {
+// A sum of what products with codes, or with all digits of probabilities, give.
+template <int COUNT>
+GB_INLINE float joined(const int32_t* const* sums, int64_t i) {
+    float sum = (float)sums[0][i];
+    GB_UNROLL for (int d = 1; d < COUNT; d++) sum = sum * (float)(1 << DIGIT) + (float)sums[d][i];
+    return sum;
+}
+
+// A row of sums, n of them from `first` on, times a scale.
+template <int COUNT, class T>
+GB_INLINE void store_row(const HeadSpace* s, int64_t first, int64_t n, float scale, T* __restrict to) {
+    const int32_t* from[COUNT];
+    for (int d = 0; d < COUNT; d++) from[d] = s->sums[d] + first;
     float held[NORM_BLOCK];
     for (int64_t at = 0; at < n; at += NORM_BLOCK) {
         const int some = (int)least(n - at, NORM_BLOCK);
-        for (int i = 0; i < some; i++) {
-            const float sum = low ? (float)high[at + i] * (float)(1 << DIGIT) + (float)low[at + i] : (float)high[at + i];
-            held[i] = sum * scale;
-        }
+        for (int i = 0; i < some; i++) held[i] = joined<COUNT>(from, at + i) * scale;
         narrow_lanes(held, some, to + at);
     }
 }
@@ -183,7 +192,8 @@ static void attend_block(const AttentionArgs* p, HeadSpace* s, int64_t head, int
     const int64_t line = head * p->queries + first;
     lay_panels(&s->query, p->query_codes + line * p->width, rows, p->width, p->width, 1);
     multiply_panels(s->key_words, p->keys, keys, &s->query, s->query.words, s->place, s->scores);
-    int32_t top[LINE], sum[LINE] = {0};
+    int32_t top[LINE];
+    int64_t sum[LINE] = {0};
     tops_of(p, s->scores, first, keys, top);
     const float steep = steepness(p, head);
     for (int64_t j = 0; j < keys; j++) {
@@ -193,16 +203,15 @@ static void attend_block(const AttentionArgs* p, HeadSpace* s, int64_t head, int
         else
             probabilities<false>(s->scores + j * LINE, top, steep, 0, found);
         for (int i = 0; i < LINE; i++) sum[i] += found[i];
-        digits_of(found, s->high_digit + j * LINE, s->low_digit + j * LINE);
+        digits_of(found, s, j);
     }
     const int64_t words = parts_of(keys, G), columns = s->value.panels * 16;
-    multiply_panels(lay_lines(s, s->high_digit, keys), LINE, rows, &s->value, words, s->place, s->sums);
-    multiply_panels(lay_lines(s, s->low_digit, keys), LINE, rows, &s->value, words, s->place, s->low);
+    for (int d = 0; d < DIGITS; d++)
+        multiply_panels(lay_lines(s, s->digits[d], keys), LINE, rows, &s->value, words, s->place, s->sums[d]);
     const float scale = p->scales[2 * p->heads * p->batch + head];
     for (int64_t i = 0; i < rows; i++) {
         p->tops[line + i] = top[i], p->sums[line + i] = sum[i];
-        store_row(s->sums + i * columns, s->low + i * columns, p->value_width, scale / (float)sum[i],
-                  out + (first + i) * p->output.row);
+        store_row<DIGITS>(s, i * columns, p->value_width, scale / (float)sum[i], out + (first + i) * p->output.row);
     }
 }
 

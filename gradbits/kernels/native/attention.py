@@ -46,7 +46,7 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: 
     both = batch * heads
     sizes = ((length, width), (keys, width), (keys, value_width))
     codes = [torch.empty(both, *size, dtype=torch.int8) for size in sizes]
-    tops, sums = torch.empty(2, both, length, dtype=torch.int32)
+    tops, sums = (torch.empty(both, length, dtype=whole) for whole in (torch.int32, torch.int64))
     out = Attended(empty_output(query, value_width), codes[0], codes[1], codes[2], torch.empty(3, both), tops, sums)
     args = _args(out.saved, (batch, heads), how, query.dtype)
     args.query, args.key, args.value, args.output = (Rows.of(x) for x in (query, key, value, out.output))
@@ -59,7 +59,7 @@ def attention_gradients(
 ) -> tuple[torch.Tensor, ...]:
     """Return the gradients of queries, keys and values, [batch, heads, length, width] in the dtype of ``g``."""
     dtype, sizes = g.dtype, g.shape[:2]
-    g = _rows(g, dtype)
+    g, saved = _rows(g, dtype), tuple(x.contiguous() for x in saved)  # hooks may give back other strides
     lengths = [(*sizes, *codes.shape[1:]) for codes in saved[:3]]
     found = [empty_output(g.new_empty(()).expand(*shape), shape[-1]) for shape in lengths]
     args = _args(saved, sizes, how, g.dtype)
@@ -88,5 +88,5 @@ def _args(
 
 def _rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return ``x`` as the kernel takes it: float32 or bfloat16, what a row holds adjacent."""
-    x = x.to(dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32)
+    x = x.resolve_neg().to(dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32)
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -2,17 +2,19 @@
 
 typedef float __attribute__((may_alias)) Float;  // floats where sums were
 
-// Products of rows with both digits of a block's probabilities, or with one code: to += sums * scale.
-GB_INLINE void add_rows_of(const int32_t* __restrict high, const int32_t* __restrict low, int64_t n, float scale,
-                           float* __restrict to) {
+// to += sums of products with codes, or with all digits of probabilities, times a scale.
+template <int COUNT>
+static void add_sums(const HeadSpace* s, int64_t n, float scale, float* __restrict to) {
+    const int32_t* from[COUNT];
+    for (int d = 0; d < COUNT; d++) from[d] = s->sums[d];
     GB_INDEPENDENT
-    for (int64_t i = 0; i < n; i++)
-        to[i] += (low ? (float)high[i] * (float)(1 << DIGIT) + (float)low[i] : (float)high[i]) * scale;
+    for (int64_t i = 0; i < n; i++) to[i] += joined<COUNT>(from, i) * scale;
 }
 
 // What a block of queries shares in its backward pass.
 struct Slope {
-    int32_t top[LINE], sum[LINE], least;
+    int32_t top[LINE];
+    int64_t sum[LINE], least;
     float mean[LINE], factor[LINE], even[LINE];  // of dP; s_g s_v / l; min l / l
     float scale, inverse;                        // of the codes of dS
 };
@@ -69,8 +71,7 @@ static void codes_of_slopes(const AttentionArgs* p, const HeadSpace* s, int64_t 
         const HalfWord* bits = noise_bits(words, element, LINE, p->slope_noise[0], p->slope_noise[1]);
         const Float* slope = (const Float*)s->x + j * LINE;
         const int32_t* __restrict probability = s->scores + j * LINE;
-        int8_t *__restrict codes = s->slopes + j * LINE, *__restrict high = s->high_digit + j * LINE,
-               *__restrict low = s->low_digit + j * LINE;
+        int8_t* __restrict codes = s->slopes + j * LINE;
         int32_t found[LINE];
         GB_INDEPENDENT
         for (int i = 0; i < LINE; i++) {
@@ -80,7 +81,7 @@ static void codes_of_slopes(const AttentionArgs* p, const HeadSpace* s, int64_t 
             codes[i] = (int8_t)(int32_t)t;
             found[i] = (int32_t)__builtin_rintf((float)probability[i] * b->even[i]);
         }
-        digits_of(found, high, low);
+        digits_of(found, s, j);
     }
 }
 
@@ -112,20 +113,18 @@ static void back_block(const AttentionArgs* p, HeadSpace* s, int64_t head, int64
     codes_of_slopes(p, s, head, first, keys, &b);
 
     const int64_t channels = s->key.panels * 16, value_channels = s->value.panels * 16;
-    multiply_panels(lay_lines(s, s->slopes, keys), LINE, rows, &s->key, parts_of(keys, G), s->place, s->sums);
+    multiply_panels(lay_lines(s, s->slopes, keys), LINE, rows, &s->key, parts_of(keys, G), s->place, s->sums[0]);
     T* grad_query = head_of<T>(&p->grad_query, p, head);
     for (int64_t i = 0; i < rows; i++)
-        store_row(s->sums + i * channels, (const int32_t*)nullptr, p->width, b.scale * key_scale * p->scale,
-                  grad_query + (first + i) * p->grad_query.row);
+        store_row<1>(s, i * channels, p->width, b.scale * key_scale * p->scale, grad_query + (first + i) * p->grad_query.row);
     multiply_panels(lay_queries(s, s->slopes, rows, keys), keys, keys, &s->query_turned, s->query_turned.words, s->place,
-                    s->sums);
-    add_rows_of(s->sums, nullptr, keys * channels, b.scale * scales[0] * p->scale, s->grad_key);
-    multiply_panels(lay_queries(s, s->high_digit, rows, keys), keys, keys, &s->gradient_turned, s->gradient_turned.words,
-                    s->place, s->sums);
-    multiply_panels(lay_queries(s, s->low_digit, rows, keys), keys, keys, &s->gradient_turned, s->gradient_turned.words,
-                    s->place, s->low);
+                    s->sums[0]);
+    add_sums<1>(s, keys * channels, b.scale * scales[0] * p->scale, s->grad_key);
+    for (int d = 0; d < DIGITS; d++)
+        multiply_panels(lay_queries(s, s->digits[d], rows, keys), keys, keys, &s->gradient_turned, s->gradient_turned.words,
+                        s->place, s->sums[d]);
     const float poison = value_scale != value_scale ? value_scale : size;
-    add_rows_of(s->sums, s->low, keys * value_channels, poison / (float)b.least, s->grad_value);
+    add_sums<DIGITS>(s, keys * value_channels, poison / (float)b.least, s->grad_value);
 }
 
 template <class T>
@@ -181,13 +180,10 @@ static size_t divide_room(const AttentionArgs* p, HeadSpace* s, char* memory) {
     take_panels(&r, &s->value, p->value_width, keys);
     take_room(&r, &s->key_words, keys * parts_of(p->width, G));
     take_room(&r, &s->value_words, keys * parts_of(p->value_width, G));
-    take_room(&r, &s->words, parts_of(rows, G) * rows + LINE * parts_of(rows, G));
+    take_room(&r, &s->words, parts_of(rows, G) * LINE + parts_of(LINE, G) * rows);
     take_room(&r, &s->scores, keys * LINE);
     take_room(&r, &s->x, keys * LINE);
-    take_room(&r, &s->sums, rows * wide);
-    take_room(&r, &s->low, rows * wide);
-    take_room(&r, &s->high_digit, keys * LINE);
-    take_room(&r, &s->low_digit, keys * LINE);
+    for (int d = 0; d < DIGITS; d++) take_room(&r, &s->sums[d], rows * wide), take_room(&r, &s->digits[d], keys * LINE);
     take_room(&r, &s->slopes, keys * LINE);
     take_room(&r, &s->codes, LINE * p->value_width);
     take_room(&r, &s->grad_key, keys * wide);

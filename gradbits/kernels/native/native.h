@@ -153,8 +153,9 @@ struct Rows {
 struct AttentionArgs {
     Rows query, key, value, output, gradient, grad_query, grad_key, grad_value;
     int8_t *query_codes, *key_codes, *value_codes;
-    float* scales;         // [3][head of all]
-    int32_t *tops, *sums;  // [head of all][query]
+    float* scales;  // [3][head of all]
+    int32_t* tops;  // [head of all][query], and
+    int64_t* sums;
     int64_t batch, heads, queries, keys, width, value_width;
     float scale, steepness;
     int32_t gradient_noise[2], slope_noise[2];
