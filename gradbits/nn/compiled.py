@@ -74,7 +74,7 @@ def _define() -> None:
     output = torch.library.custom_op("gradbits::layer_output", _output, mutates_args=())
     output.register_fake(_fake_output)
     output.register_autograd(_backward, setup_context=_setup)
-    gradients = torch.library.custom_op("gradbits::layer_gradients", _gradients, mutates_args=())
+    gradients = torch.library.custom_op("gradbits::operand_gradients", _gradients, mutates_args=())
     gradients.register_fake(_fake_gradients)
 
 
@@ -156,7 +156,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(ctx: Any, g: torch.Tensor, _: Any) -> tuple[Any, ...]:
     (token,) = ctx.saved_tensors
-    found = torch.ops.gradbits.layer_gradients(g, token, *ctx.shapes, *ctx.dtypes, ctx.last, list(ctx.grads))
+    found = torch.ops.gradbits.operand_gradients(g, token, *ctx.shapes, *ctx.dtypes, ctx.last, list(ctx.grads))
     return *(t if wanted else None for t, wanted in zip(found, ctx.grads, strict=True)), None, None, None
 
 
