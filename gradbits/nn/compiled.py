@@ -36,7 +36,7 @@ def call(layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
         device = x.device.type
         cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         grads = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias)]
-        return torch.ops.gradbits.layer_output(x, weight, bias, layer.assignment.number, cast, grads)[0]
+        return torch.ops.gradbits.layer_forward(x, weight, bias, layer.assignment.number, cast, grads)[0]
     return _outside(layer, x, weight, bias)
 
 
@@ -70,11 +70,15 @@ def _recording(grad: bool) -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def _define() -> None:
-    """Define the operators, once, when the first layer may need them."""
-    output = torch.library.custom_op("gradbits::layer_output", _output, mutates_args=())
+    """Define the operators, once, when the first layer may need them.
+
+    PyTorch's caches know a graph by the names of its operators, not by what their backward pass calls: a change of
+    either signature needs another name for the forward operator.
+    """
+    output = torch.library.custom_op("gradbits::layer_forward", _output, mutates_args=())
     output.register_fake(_fake_output)
     output.register_autograd(_backward, setup_context=_setup)
-    gradients = torch.library.custom_op("gradbits::operand_gradients", _gradients, mutates_args=())
+    gradients = torch.library.custom_op("gradbits::layer_backward", _gradients, mutates_args=())
     gradients.register_fake(_fake_gradients)
 
 
@@ -156,7 +160,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(ctx: Any, g: torch.Tensor, _: Any) -> tuple[Any, ...]:
     (token,) = ctx.saved_tensors
-    found = torch.ops.gradbits.operand_gradients(g, token, *ctx.shapes, *ctx.dtypes, ctx.last, list(ctx.grads))
+    found = torch.ops.gradbits.layer_backward(g, token, *ctx.shapes, *ctx.dtypes, ctx.last, list(ctx.grads))
     return *(t if wanted else None for t, wanted in zip(found, ctx.grads, strict=True)), None, None, None
 
 

@@ -301,7 +301,7 @@ def test_unbiased_products_of_the_clean_digits(data):
             assert float(stack.var(0).sum()) <= 2.0 * official, (case, name)
 
 
-def test_official_operand_gradients(data):
+def test_official_layer_gradients(data):
     """``special``: sampled grad_input, unsampled grad_weight, both masked, with their step gradients."""
     for (case,) in find(data, r"lss/(\w+)/sp/grad_input"):
         prefix = f"lss/{case}"
