@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 
 # <malloc.h>; without them large tensors are mapped afresh each time, and page faults cost more than the arithmetic
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -31,6 +32,19 @@ def keep_freed_memory() -> str:
         return "as it is (no mallopt here)"
     done = mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, LARGEST)
     return "mallopt M_MMAP_MAX=0, M_TRIM_THRESHOLD=max" if done else "as it is (mallopt refused)"
+
+
+def start_afresh() -> None:
+    """Give memory that earlier work has left behind back to the system.
+
+    A process that trains one network has none: pieces of it between the tensors of the next network make everybody
+    slower, those most who need the least time.
+    """
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return  # another C library
 
 
 def allocated_bytes() -> int | None:

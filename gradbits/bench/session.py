@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gradbits.bench.allocator import keep_freed_memory
+from gradbits.bench.allocator import keep_freed_memory, start_afresh
 from gradbits.bench.chart import check_chart, save_chart
 from gradbits.bench.contest import Work, as_dict, compete
 from gradbits.bench.record import head_lines, save_record, surroundings
@@ -76,6 +76,7 @@ def hold(works: Callable[[], Iterable[Work]], settings: Settings) -> list[dict[s
     settings.show("\n".join(head_lines(where, peaks)))
     outcomes: list[dict[str, Any]] = []
     for work in works():
+        start_afresh()
         measured = compete(work, settings.repeats, settings.clock, settings.tell)
         outcomes.append(as_dict(work, measured, peaks))
         settings.show("\n" + work_table(outcomes[-1]))
