@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,10 @@ from gradbits.bench.roofline import roofline
 from gradbits.bench.table import summary, work_table
 from gradbits.bench.timing import CLOCKS
 from gradbits.core.checks import check_choice, check_integer, check_output
+
+
+def _silent(text: str) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +47,7 @@ class Settings:
     json: Path | None = None
     chart: Path | None = None
     show: Callable[[str], None] = print
-    tell: Callable[[str], None] = lambda text: None
+    tell: Callable[[str], None] = _silent
 
     def __post_init__(self) -> None:
         check_choice(self.clock, "clock", tuple(CLOCKS))
@@ -70,16 +76,57 @@ def hold(works: Callable[[], Iterable[Work]], settings: Settings) -> list[dict[s
     Returns:
         The outcomes, see ``contest.as_dict``.
     """
+
+    def outcomes(peaks: dict[str, float]) -> Iterator[dict[str, Any]]:
+        for work in works():
+            start_afresh()
+            yield _outcome(work, settings, peaks)
+
+    return _hold(outcomes, settings)
+
+
+def hold_apart(makers: Sequence[Callable[[], Work]], settings: Settings) -> list[dict[str, Any]]:
+    """Hold every contest in a process of its own: compiled models leave a process slower than they found it.
+
+    Args:
+        makers: make a work each; other processes get them and ``settings``, so both can be pickled.
+        settings: how.
+
+    Returns:
+        The outcomes, see ``contest.as_dict``.
+    """
+
+    def outcomes(peaks: dict[str, float]) -> Iterator[dict[str, Any]]:
+        for make in makers:
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+                yield process.submit(_apart, make, settings, peaks).result()
+
+    return _hold(outcomes, settings)
+
+
+def _apart(make: Callable[[], Work], settings: Settings, peaks: dict[str, float]) -> dict[str, Any]:
+    """Hold one contest in this process, which was started for it."""
+    settings.settle()
+    return _outcome(make(), settings, peaks)
+
+
+def _outcome(work: Work, settings: Settings, peaks: dict[str, float]) -> dict[str, Any]:
+    """Hold one contest."""
+    return as_dict(work, compete(work, settings.repeats, settings.clock, settings.tell), peaks)
+
+
+def _hold(
+    contests: Callable[[dict[str, float]], Iterable[dict[str, Any]]], settings: Settings
+) -> list[dict[str, Any]]:
+    """Show and record what contests, held one after the other against the machine's limits, give."""
     where = settings.settle()
     settings.tell("limits of this machine")
     peaks = roofline(CLOCKS[settings.clock])
     settings.show("\n".join(head_lines(where, peaks)))
     outcomes: list[dict[str, Any]] = []
-    for work in works():
-        start_afresh()
-        measured = compete(work, settings.repeats, settings.clock, settings.tell)
-        outcomes.append(as_dict(work, measured, peaks))
-        settings.show("\n" + work_table(outcomes[-1]))
+    for outcome in contests(peaks):
+        outcomes.append(outcome)
+        settings.show("\n" + work_table(outcome))
     settings.show("\n" + summary(outcomes))
     if settings.json is not None:
         save_record(settings.json, where, limits=peaks, works=outcomes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -109,6 +110,7 @@ def step(
 ) -> None:
     """Layers and whole training steps: recipes next to fp32 and bf16 autocast, eager and compiled."""
     from gradbits.bench.peers import RECIPES, variants
+    from gradbits.bench.session import hold_apart
     from gradbits.bench.steps import SUBJECTS, step_work
     from gradbits.core.checks import check_choice
     from gradbits.recipes import recipe as build_recipe
@@ -120,7 +122,9 @@ def step(
     for name in recipes:
         build_recipe(name)
     who = variants(recipes, compiled=compiled and not quick, torchao=torchao, fuse=fuse)
-    _hold(lambda: (step_work(name, who, quick=quick) for name in names), threads, repeats, clock, quick, json, chart)
+    settings = _settings(threads, repeats, clock, quick, json, chart)
+    hold_apart([partial(step_work, name, who, quick=quick) for name in names], settings)
+    _tell("")
 
 
 def memory(
@@ -163,19 +167,21 @@ def memory(
         save_memory_chart(chart, outcomes, where["command"])
 
 
-def _hold(
-    works: Any,
-    threads: int | None,
-    repeats: int | None,
-    clock: str,
-    quick: bool,
-    json: Path | None,
-    chart: Path | None,
-) -> None:
-    """Hold the contests that ``works()`` returns, once the process is settled."""
-    from gradbits.bench.session import Settings, hold
+def _hold(works: Any, *given: Any) -> None:
+    """Hold the contests that ``works()`` returns, once the process is settled; ``given`` as ``_settings`` takes it."""
+    from gradbits.bench.session import hold
 
-    settings = Settings(
+    hold(works, _settings(*given))
+    _tell("")
+
+
+def _settings(
+    threads: int | None, repeats: int | None, clock: str, quick: bool, json: Path | None, chart: Path | None
+) -> Any:
+    """Return how a benchmark runs."""
+    from gradbits.bench.session import Settings
+
+    return Settings(
         command=_command(),
         threads=threads,
         repeats=(3 if quick else 7) if repeats is None else repeats,
@@ -185,8 +191,6 @@ def _hold(
         show=_show,
         tell=_tell,
     )
-    hold(works, settings)
-    _tell("")
 
 
 def _show(text: str) -> None:
