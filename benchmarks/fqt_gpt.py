@@ -1,8 +1,8 @@
 """Bits per byte of a small GPT in low precision, on Python's documentation and on a text file of your choice.
 
 A thin wrapper around ``gradbits train --compare``: fp32, bf16, ``int8_dynamic``, ``statquant_psq`` and
-``int4_transformer`` with and without row sampling; or, with ``--attention``, ``int8_dynamic`` with attention in float and in
-8 bits. Writes ``benchmarks/logs/fqt_gpt_NAME.txt`` and ``.json`` (``fqt_attention_NAME``):
+``int4_transformer`` with and without row sampling; or, with ``--attention``, ``int8_dynamic`` with attention in float
+and in 8 bits. Writes ``benchmarks/logs/fqt_gpt_NAME.txt`` and ``.json`` (``fqt_attention_NAME``):
 
     python benchmarks/fqt_gpt.py [--attention] [--text FILE] [--steps N] [--seeds 0,1,2] [--limit N] [--out FOLDER]
 
@@ -39,7 +39,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="keep the run's folder here, and go on with it if it is there")
     options = parser.parse_args()
     source = f"--data text --text {shlex.quote(str(options.text))}" if options.text else "--data pydoc"
-    command = f"{source} --model gpt --compare {','.join(ATTENTION if options.attention else NETWORKS)} --steps {options.steps}"
+    networks = ",".join(ATTENTION if options.attention else NETWORKS)
+    command = f"{source} --model gpt --compare {networks} --steps {options.steps}"
     command += f" --limit {options.limit}" if options.limit else ""
     kind = "fqt_attention" if options.attention else "fqt_gpt"
     name = f"{kind}_{options.text.parent.name + '_' + options.text.stem if options.text else 'pydoc'}"
