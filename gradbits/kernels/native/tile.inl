@@ -67,17 +67,17 @@ template <int MR, int NV, bool TURNED, bool ADD>
 static void tile(const uint32_t* a, const int32_t* place, const uint32_t* b, int64_t, int64_t words, int32_t* c,
                  int64_t ldc, const int32_t*) {
     for (int m = 0; m < MR; m++) {
-        int32_t sum[16];
-        for (int j = 0; j < 16; j++) sum[j] = ADD ? c[m * ldc + j] : 0;
+        uint32_t sum[16];  // columns that fill a panel hold anything, and their sums may pass 32 bits
+        for (int j = 0; j < 16; j++) sum[j] = ADD ? (uint32_t)c[m * ldc + j] : 0;
         for (int64_t k = 0; k < words; k++) {
             uint32_t word = a[place[k] + m];
             int32_t low = (int16_t)word, high = (int32_t)word >> 16;
             for (int j = 0; j < 16; j++) {
                 uint32_t column = b[k * 16 + j];
-                sum[j] += low * (int16_t)column + high * ((int32_t)column >> 16);
+                sum[j] += (uint32_t)(low * (int16_t)column) + (uint32_t)(high * ((int32_t)column >> 16));
             }
         }
-        for (int j = 0; j < 16; j++) c[m * ldc + j] = sum[j];
+        for (int j = 0; j < 16; j++) c[m * ldc + j] = (int32_t)sum[j];
     }
 }
 static const int WIDEST = 1;
