@@ -191,18 +191,10 @@ def _whole(x: torch.Tensor) -> torch.Tensor:
 
 
 def _fake_gradients(
-    g: torch.Tensor,
-    token: torch.Tensor,
-    x_shape: Sequence[int],
-    weight_shape: Sequence[int],
-    bias_shape: Sequence[int],
-    x_dtype: torch.dtype,
-    weight_dtype: torch.dtype,
-    bias_dtype: torch.dtype,
-    last: bool,
-    grads: Sequence[bool],
+    g: torch.Tensor, token: torch.Tensor, *others: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    shapes, dtypes = (x_shape, weight_shape, bias_shape), (x_dtype, weight_dtype, bias_dtype)
+    *like, last, grads = others
+    shapes, dtypes = like[:3], like[3:]
     x, w, b = (
         g.new_empty(tuple(shape), dtype=dtype) if wanted else g.new_empty(0)
         for shape, dtype, wanted in zip(shapes, dtypes, grads, strict=True)

@@ -13,6 +13,7 @@ from torch import nn
 from gradbits.core.checks import check_bits, check_choice, check_module
 from gradbits.core.errors import ArgumentError, DtypeError, FallbackError, NothingToQuantizeError
 from gradbits.kernels.dispatch import COMPUTE
+from gradbits.nn.assigned import Assigned
 from gradbits.nn.assignment import Assignment
 from gradbits.nn.attention import ScaledDotProductAttention
 from gradbits.nn.compiled import register
@@ -222,7 +223,7 @@ def _layer_reason(module: nn.Module, wanted: Recipe) -> str | None:
 def _assign(
     module: Any, name: str, chosen: Recipe, compute: str, on_nonfinite: str, device: torch.device
 ) -> None:
-    if isinstance(module, (Quantized, QuantizedAttention)) and module.assignment.recipe == chosen:
+    if isinstance(module, Assigned) and module.assignment.recipe == chosen:
         module.assignment.compute, module.assignment.on_nonfinite = compute, on_nonfinite
         module.assignment.name = name
         return
@@ -243,7 +244,7 @@ def _assign(
 
 
 def _to_float(module: Any) -> None:
-    if isinstance(module, (Quantized, QuantizedAttention)):
+    if isinstance(module, Assigned):
         module.__class__ = module.float_class  # type: ignore[assignment]
         del module.assignment
         if hasattr(module, "quantizers"):

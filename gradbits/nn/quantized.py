@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,22 +13,19 @@ from gradbits.core.errors import ArgumentError
 from gradbits.core.grain import PerChannel
 from gradbits.core.noise import draw_seed
 from gradbits.nn.activated import activation_of
-from gradbits.nn.assignment import Assignment, QuantizerStates
+from gradbits.nn.assigned import Assigned
+from gradbits.nn.assignment import QuantizerStates
 from gradbits.nn.bilinear import Bilinear
 from gradbits.nn.call import Call, without_autocast
-from gradbits.nn.compiled import register
 from gradbits.nn.function import QuantizedProduct
-from gradbits.nn.refuse import refuse_script, refuse_transforms
+from gradbits.nn.refuse import refuse_transforms
 from gradbits.quantizers.quantizer import Quantizer
 from gradbits.quantizers.ranges import State
 from gradbits.recipes.recipe import Recipe
 
 
-class Quantized:
+class Quantized(Assigned):
     """What the quantized classes add to their float class; ``assign`` turns a float layer into one."""
-
-    float_class: ClassVar[type[nn.Module]]
-    assignment: Assignment
 
     def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return the output for an input and the layer's parameters; for a product of two tensors ``weight`` is one."""
@@ -37,10 +34,6 @@ class Quantized:
     def like_output(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return a tensor of the shape and memory order of the output, computed in float."""
         raise NotImplementedError
-
-    def __setstate__(self, state: Any) -> None:
-        super().__setstate__(state)  # type: ignore[misc]
-        register(self)
 
     def products(self, input_size: tuple[int, ...]) -> Bilinear:
         """Return the layer's three products for an input of spatial size ``input_size``."""
@@ -109,9 +102,6 @@ class Quantized:
             y: torch.Tensor = QuantizedProduct.apply(x, weight, bias, call, *learned.values())
         a.shapes = ({"input": x.shape, "weight": weight.shape, "gradient": y.shape}, size)
         return y
-
-    def __prepare_scriptable__(self) -> None:  # the name that torch.jit.script looks for
-        refuse_script(self.assignment.name)
 
     def weight_quantizer(self) -> Quantizer:
         """Return the quantizer of the weight in ``output``, in the layer's own layout."""

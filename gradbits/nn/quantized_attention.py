@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradbits.core.checks import check_float_tensor
@@ -15,11 +14,11 @@ from gradbits.core.errors import ArgumentError, DoubleBackwardError, NonFiniteEr
 from gradbits.core.noise import NoiseKey, draw_seed
 from gradbits.kernels.attention import Attending, empty_output, rounded
 from gradbits.kernels.dispatch import INT32_TERMS, Kernel, Request, choose
-from gradbits.nn.assignment import Assignment
+from gradbits.nn.assigned import Assigned
 from gradbits.nn.attention import ScaledDotProductAttention
 from gradbits.nn.call import STREAMS, without_autocast
-from gradbits.nn.compiled import call, register
-from gradbits.nn.refuse import refuse_script, refuse_transforms
+from gradbits.nn.compiled import call
+from gradbits.nn.refuse import refuse_transforms
 from gradbits.nn.saved import Kept, keep_as
 
 NAMES = ("query", "key", "value")
@@ -101,18 +100,10 @@ class AttentionFunction(torch.autograd.Function):
         return *(x if needed else None for x, needed in zip(found, ctx.needs_input_grad, strict=False)), None
 
 
-class QuantizedAttention(ScaledDotProductAttention):
+class QuantizedAttention(Assigned, ScaledDotProductAttention):
     """``ScaledDotProductAttention`` with products of integers, forward and backward."""
 
-    float_class: ClassVar[type[nn.Module]] = ScaledDotProductAttention
-    assignment: Assignment
-
-    def __setstate__(self, state: Any) -> None:
-        super().__setstate__(state)
-        register(self)
-
-    def __prepare_scriptable__(self) -> None:  # the name that torch.jit.script looks for
-        refuse_script(self.assignment.name)
+    float_class = ScaledDotProductAttention
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Return [..., L, V] for [..., L, E], [..., S, E] and [..., S, V]."""

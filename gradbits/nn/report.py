@@ -11,6 +11,7 @@ from torch import nn
 
 from gradbits.core.checks import check_module
 from gradbits.kernels.dispatch import Request, choose
+from gradbits.nn.assigned import Assigned
 from gradbits.nn.assignment import QuantizerStates
 from gradbits.nn.attention import ScaledDotProductAttention
 from gradbits.nn.bilinear import OPERANDS
@@ -199,7 +200,7 @@ def report(model: nn.Module, inputs: Sequence[Any] | None = None) -> Report:
 def why_not_supported(module: nn.Module) -> str | None:
     """Return why a module's class cannot be quantized, or None where it can."""
     kind = type(module)
-    if kind in (*QUANTIZED_CLASSES, ScaledDotProductAttention) or isinstance(module, (Quantized, QuantizedAttention)):
+    if kind in (*QUANTIZED_CLASSES, ScaledDotProductAttention) or isinstance(module, Assigned):
         return None
     if hasattr(module, "parametrizations"):
         return "its weight is parametrized; remove the parametrization first"

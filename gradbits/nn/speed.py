@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from gradbits.core.errors import ArgumentError
-from gradbits.nn.quantized import Quantized
-from gradbits.nn.quantized_attention import QuantizedAttention
+from gradbits.nn.assigned import Assigned
 
 ROUNDS = 3  # of which the fastest counts; the first run of each only warms up
 
@@ -45,7 +44,7 @@ def _inputs_of_layers(model: nn.Module, inputs: Sequence[Any]) -> dict[str, tupl
     seen: dict[str, tuple[nn.Module, tuple[torch.Tensor, ...]]] = {}
     handles = []
     for name, module in model.named_modules():
-        if isinstance(module, (Quantized, QuantizedAttention)) and isinstance(module, nn.Module):
+        if isinstance(module, Assigned) and isinstance(module, nn.Module):
 
             def note(layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any], name: str = name) -> None:
                 in_order = inspect.signature(type(layer).forward).bind(layer, *args, **named).args[1:]

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from gradbits.nn.quantized import Quantized
-from gradbits.nn.quantized_attention import QuantizedAttention
+from gradbits.nn.assigned import Assigned
 
 Seen = dict[tuple[str, str], torch.Tensor]
 
@@ -41,7 +40,7 @@ def twice_differentiable(model: nn.Module) -> Iterator[Seen]:
     def note(layer: str, role: str, discretized: torch.Tensor) -> None:
         seen[layer, role] = discretized
 
-    assignments = [m.assignment for m in model.modules() if isinstance(m, (Quantized, QuantizedAttention))]
+    assignments = [m.assignment for m in model.modules() if isinstance(m, Assigned)]
     before = [a.seen for a in assignments]
     for assignment in assignments:
         assignment.seen = note

@@ -24,7 +24,6 @@ struct HeadSpace {
     int8_t *digits[DIGITS], *slopes, *codes;  // [key][query], the highest first; the gradient's, [query][channel]
     float *grad_key, *grad_value;                     // [key][channel]
     int32_t* place;
-    char* memory;
 };
 
 struct AttentionJob {
